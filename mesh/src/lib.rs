@@ -1,0 +1,15 @@
+//! Sidegate's vocabulary: identities, resources, policy, routes and the access-log record.
+//!
+//! Invariant: this crate is pure. It opens no socket, reads no real clock and awaits nothing, so
+//! that everything a sidecar decides can be tested without one.
+
+pub mod access_log;
+pub mod clock;
+pub mod decision;
+pub mod spiffe;
+pub mod workload;
+
+pub use clock::{Clock, ManualClock};
+pub use decision::{Decision, Verdict};
+pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use workload::{Enforcement, Workload, WorkloadPort};
