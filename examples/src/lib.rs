@@ -1,1 +1,23 @@
-//! Placeholder.
+//! The sample shop: real REST, gRPC, WebSocket and TCP servers, and the mesh around them.
+//!
+//! Invariant: no service knows that it is in a mesh. `web` reaches the others only through the
+//! addresses of its own sidecar; nothing here calls another service directly.
+
+pub mod shop;
+
+/// The shop's gRPC messages, client and server, generated from `proto/shop/v1/inventory.proto`.
+pub mod proto {
+    #![allow(
+        missing_docs,
+        clippy::all,
+        clippy::pedantic,
+        clippy::clone_on_ref_ptr,
+        clippy::allow_attributes_without_reason,
+        unused_qualifications,
+        reason = "generated code; the contract is documented in the .proto file"
+    )]
+    tonic::include_proto!("shop.v1");
+
+    /// The encoded descriptor set that server reflection answers from.
+    pub const DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shop.bin"));
+}
