@@ -1,1 +1,4 @@
-//! Placeholder.
+//! The Sidegate sidecar.
+
+pub mod body;
+pub mod wire;
