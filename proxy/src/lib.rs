@@ -1,4 +1,5 @@
 //! The Sidegate sidecar.
 
 pub mod body;
+pub mod error;
 pub mod wire;

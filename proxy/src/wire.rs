@@ -9,6 +9,7 @@ use http::{HeaderMap, HeaderName, Version};
 
 pub mod keepalive;
 pub mod send;
+pub mod tunnel;
 
 /// What the caller spoke: `http/1.0`, `http/1.1` or `h2`.
 pub const PROTOCOL: HeaderName = HeaderName::from_static("sidegate-protocol");
