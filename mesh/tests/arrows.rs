@@ -1,0 +1,162 @@
+//! Who may know whom: the crates' arrows, read from `cargo metadata`.
+//!
+//! A new arrow is a decision: change `ARROWS` and `ARCHITECTURE.md` in the same commit, or don't
+//! draw it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Each crate of ours, and the crates of ours that its own code names.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("sidegate-mesh", &[]),
+    ("sidegate-api", &[]),
+    ("sidegate-mtls", &["sidegate-api", "sidegate-mesh"]),
+    (
+        "sidegate-proxy",
+        &["sidegate-api", "sidegate-mesh", "sidegate-mtls"],
+    ),
+    (
+        "sidegate-ca",
+        &["sidegate-api", "sidegate-mesh", "sidegate-mtls"],
+    ),
+    (
+        "sidegate-local",
+        &[
+            "sidegate-ca",
+            "sidegate-mesh",
+            "sidegate-mtls",
+            "sidegate-proxy",
+        ],
+    ),
+    ("sidegate-examples", &["sidegate-local", "sidegate-mesh"]),
+    (
+        "sidegate",
+        &["sidegate-examples", "sidegate-local", "sidegate-mesh"],
+    ),
+];
+
+/// What must not be reachable from a crate, however indirectly.
+const OUT_OF_REACH: &[(&str, &[&str])] = &[
+    (
+        "sidegate-mesh",
+        &["tokio", "hyper", "rustls", "kube", "mio", "socket2"],
+    ),
+    ("sidegate-proxy", &["kube", "k8s-openapi", "sidegate-ca"]),
+    ("sidegate-ca", &["kube", "sidegate-proxy"]),
+    (
+        "sidegate",
+        &["ring", "openssl", "openssl-sys", "native-tls", "reqwest"],
+    ),
+];
+
+fn cargo(arguments: &[&str]) -> String {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let output = Command::new(env!("CARGO"))
+        .args(arguments)
+        .current_dir(root)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn metadata() -> Value {
+    let text = cargo(&["metadata", "--format-version", "1", "--locked", "--offline"]);
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Normal dependencies by package id, from the resolved graph.
+fn graph(metadata: &Value) -> BTreeMap<String, BTreeSet<String>> {
+    let normal = |dependency: &&Value| {
+        let kinds = dependency["dep_kinds"].as_array().unwrap();
+        kinds.iter().any(|kind| kind["kind"].is_null())
+    };
+    let nodes = metadata["resolve"]["nodes"].as_array().unwrap().iter();
+    nodes
+        .map(|node| {
+            let dependencies = node["deps"].as_array().unwrap().iter().filter(normal);
+            let ids = dependencies.map(|dependency| dependency["pkg"].as_str().unwrap().to_owned());
+            (node["id"].as_str().unwrap().to_owned(), ids.collect())
+        })
+        .collect()
+}
+
+fn names(metadata: &Value) -> BTreeMap<String, String> {
+    let packages = metadata["packages"].as_array().unwrap().iter();
+    packages
+        .map(|package| {
+            let id = package["id"].as_str().unwrap().to_owned();
+            (id, package["name"].as_str().unwrap().to_owned())
+        })
+        .collect()
+}
+
+#[test]
+fn every_crate_knows_only_whom_it_may() {
+    let metadata = metadata();
+    let (names, graph) = (names(&metadata), graph(&metadata));
+    let members: BTreeSet<&str> = metadata["workspace_members"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_str().unwrap())
+        .collect();
+    let mut drawn = BTreeMap::new();
+    for member in &members {
+        let ours = graph[*member]
+            .iter()
+            .filter(|id| members.contains(id.as_str()));
+        let ours: BTreeSet<&str> = ours.map(|id| names[id].as_str()).collect();
+        drawn.insert(names[*member].as_str(), ours);
+    }
+    let planned: BTreeMap<&str, BTreeSet<&str>> = ARROWS
+        .iter()
+        .map(|(name, known)| (*name, known.iter().copied().collect()))
+        .collect();
+    assert_eq!(
+        drawn, planned,
+        "left: what Cargo.toml draws; right: what ARROWS allows"
+    );
+}
+
+#[test]
+fn what_a_crate_must_not_reach_is_out_of_its_tree() {
+    for (name, forbidden) in OUT_OF_REACH {
+        let arguments = [
+            "tree",
+            "--locked",
+            "--offline",
+            "-e",
+            "normal",
+            "--prefix",
+            "none",
+        ];
+        let tree = cargo(&[arguments.as_slice(), &["--format", "{p}", "-p", name]].concat());
+        let reached: BTreeSet<&str> = tree
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .collect();
+        assert!(
+            reached.contains(name),
+            "cargo tree says nothing about {name}"
+        );
+        let found: Vec<&&str> = forbidden
+            .iter()
+            .filter(|name| reached.contains(**name))
+            .collect();
+        assert_eq!(found, Vec::<&&str>::new(), "{name} must not reach these");
+    }
+}
