@@ -1,0 +1,1 @@
+//! What configuration is accepted, refused and printed.
