@@ -1,5 +1,9 @@
 //! The Sidegate sidecar.
 
 pub mod body;
+pub mod config;
+pub mod drain;
 pub mod error;
+pub mod limits;
+pub mod metrics;
 pub mod wire;
