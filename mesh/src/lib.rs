@@ -6,10 +6,18 @@
 pub mod access_log;
 pub mod clock;
 pub mod decision;
+pub mod host;
+pub mod path;
+pub mod resource;
 pub mod spiffe;
+pub mod store;
 pub mod workload;
 
 pub use clock::{Clock, ManualClock};
 pub use decision::{Decision, Verdict};
+pub use host::{Authority, AuthorityError, ServiceName, service_of};
+pub use path::{CanonicalPath, PathError};
+pub use resource::{Problem, Resource, ResourceKey, Severity};
 pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use store::{BrokenResource, ResourceSet};
 pub use workload::{Enforcement, Workload, WorkloadPort};
