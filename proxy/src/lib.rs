@@ -1,10 +1,12 @@
 //! The Sidegate sidecar.
 
+pub mod access_log;
 pub mod body;
 pub mod config;
 pub mod drain;
 pub mod error;
 pub mod headers;
+pub mod http1;
 pub mod limits;
 pub mod metrics;
 pub mod wire;
