@@ -6,18 +6,26 @@
 pub mod access_log;
 pub mod clock;
 pub mod decision;
+pub mod explain;
 pub mod host;
 pub mod path;
+pub mod policy;
 pub mod resource;
+pub mod routes;
+pub mod snapshot;
 pub mod spiffe;
 pub mod store;
 pub mod workload;
 
 pub use clock::{Clock, ManualClock};
 pub use decision::{Decision, Verdict};
+pub use explain::Explanation;
 pub use host::{Authority, AuthorityError, ServiceName, service_of};
 pub use path::{CanonicalPath, PathError};
+pub use policy::{Ask, Caller, HttpAsk, Policy};
 pub use resource::{Problem, Resource, ResourceKey, Severity};
+pub use routes::{Endpoint, Route, Routes, Traffic};
+pub use snapshot::Snapshot;
 pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use store::{BrokenResource, ResourceSet};
 pub use workload::{Enforcement, Workload, WorkloadPort};
