@@ -1,8 +1,11 @@
 //! The Sidegate sidecar.
 
 pub mod access_log;
+pub mod authorize;
 pub mod body;
+pub mod call;
 pub mod config;
+pub mod connections;
 pub mod drain;
 pub mod error;
 pub mod headers;
