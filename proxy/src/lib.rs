@@ -12,4 +12,6 @@ pub mod headers;
 pub mod http1;
 pub mod limits;
 pub mod metrics;
+pub mod shared;
+pub mod state;
 pub mod wire;

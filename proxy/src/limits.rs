@@ -31,6 +31,8 @@ pub struct Limits {
     pub outbound_requests: Limit,
     /// Connections to other sidecars.
     pub upstream_connections: Limit,
+    /// Calls that wait for a connection to another sidecar.
+    pub upstream_waiters: Limit,
     /// Connections to the application.
     pub application_connections: Limit,
     /// Connections to the administration port.
@@ -55,6 +57,7 @@ impl Limits {
             inbound_requests: limit("inbound_requests", config.inbound_requests_max),
             outbound_requests: limit("outbound_requests", config.outbound_requests_max),
             upstream_connections: limit("upstream_connections", config.upstream_connections_max),
+            upstream_waiters: limit("upstream_waiters", config.upstream_waiters_max),
             application_connections: limit(
                 "application_connections",
                 config.application_connections_max,

@@ -29,6 +29,8 @@ pub struct LimitsConfig {
     pub upstream_connections_max: u32,
     /// Connections at once from this sidecar to one endpoint.
     pub upstream_connections_per_endpoint_max: u32,
+    /// Calls at once that wait for a connection to another sidecar.
+    pub upstream_waiters_max: u32,
     /// Connections at once from this sidecar to its application.
     pub application_connections_max: u32,
     /// Longest wait for a TCP connection, to an endpoint or to the application.
@@ -94,6 +96,7 @@ impl Default for LimitsConfig {
             outbound_requests_max: 16_384,
             upstream_connections_max: 4_096,
             upstream_connections_per_endpoint_max: 64,
+            upstream_waiters_max: 4_096,
             application_connections_max: 4_096,
             connect_timeout: Duration::from_secs(5),
             head_bytes_max: 64 * 1024,
@@ -181,7 +184,7 @@ impl LimitsConfig {
         }
     }
 
-    fn counts(&self) -> [(&'static str, u32); 17] {
+    fn counts(&self) -> [(&'static str, u32); 18] {
         [
             ("inboundConnectionsMax", self.inbound_connections_max),
             (
@@ -201,6 +204,7 @@ impl LimitsConfig {
                 "applicationConnectionsMax",
                 self.application_connections_max,
             ),
+            ("upstreamWaitersMax", self.upstream_waiters_max),
             ("headersMax", self.headers_max),
             ("streamsPerConnectionMax", self.streams_per_connection_max),
             ("adminConnectionsMax", self.admin_connections_max),

@@ -1,1 +1,299 @@
 //! What configuration is accepted, refused and printed.
+
+use super::*;
+
+const COMPLETE: &str = "\
+workload:
+  trustDomain: mesh.local
+  namespace: shop
+  serviceAccount: orders
+  labels: { app: orders }
+  enforcement: enforce
+ca:
+  address: 127.0.0.1:19010
+  root: ca/root.pem
+  joinToken: s3cret-join-token
+resources: resources
+ports:
+  - { name: http, port: 80, address: 127.0.0.1:8080, protocol: auto }
+  - { name: db, port: 6379, address: 127.0.0.1:6379, protocol: tcp }
+upstreams:
+  - { service: ledger.shop:6379, address: 127.0.0.1:16379 }
+log: { path: logs/orders.jsonl }
+state: state/orders
+workers: 2
+drainTimeout: 10s
+limits: { inboundConnectionsMax: 100, handshakeTimeout: 3s }
+";
+
+/// The complete text with one change, and the one line that refuses it.
+#[track_caller]
+fn check(from: &str, to: &str, expected: &str) {
+    assert!(COMPLETE.contains(from), "the text has no {from:?}");
+    let text = COMPLETE.replacen(from, to, 1);
+    let error = Config::from_yaml("orders.yaml", &text).expect_err("it was accepted");
+    let shown = error.to_string();
+    assert!(
+        shown.lines().any(|line| line.starts_with(expected)),
+        "{expected}\n{shown}"
+    );
+}
+
+#[test]
+fn a_complete_configuration_is_accepted() {
+    let config = Config::from_yaml("orders.yaml", COMPLETE).unwrap();
+    let workload = config.workload().unwrap();
+    assert_eq!(
+        workload.id.as_str(),
+        "spiffe://mesh.local/ns/shop/sa/orders"
+    );
+    assert_eq!(workload.ports.len(), 2);
+    assert_eq!(config.limits.inbound_connections_max, 100);
+    assert_eq!(
+        config.limits.handshakes_max,
+        LimitsConfig::default().handshakes_max
+    );
+    assert_eq!(config.source(), Source::Folder("resources".into()));
+    let token = JoinToken::Inline(Secret::new("s3cret-join-token"));
+    assert_eq!(config.evidence(), Evidence::JoinToken(Some(token)));
+    assert_eq!(config.destination(), Destination::Authority);
+}
+
+#[test]
+fn an_unknown_or_missing_key_is_refused_with_its_place() {
+    check(
+        "workers: 2",
+        "workerz: 2",
+        "orders.yaml:19:1: unknown field",
+    );
+    check(
+        "namespace: shop",
+        "nameSpace: shop",
+        "orders.yaml:3:3: unknown field",
+    );
+    check(
+        "handshakeTimeout",
+        "handshakeTimout",
+        "orders.yaml:21:39: unknown field",
+    );
+    check("protocol: auto", "protocol: udp", "orders.yaml:13:");
+    check("drainTimeout: 10s", "drainTimeout: soon", "orders.yaml:20:");
+    check(
+        "address: 127.0.0.1:8080",
+        "address: 127.0.0.1",
+        "orders.yaml:13:",
+    );
+    check(
+        "service: ledger.shop:6379",
+        "service: ledger",
+        "orders.yaml:16:",
+    );
+    check("  namespace: shop\n", "", "orders.yaml:5:3: missing field");
+    check("workers: 2", "workers: [", "orders.yaml:");
+}
+
+#[test]
+fn what_could_not_run_is_refused_with_its_place() {
+    for (from, to, expected) in [
+        (
+            "trustDomain: mesh.local",
+            "trustDomain: Mesh",
+            "2:16: `workload.trustDomain`",
+        ),
+        (
+            "namespace: shop",
+            "namespace: a/b",
+            "3:14: `workload.namespace`",
+        ),
+        (
+            "serviceAccount: orders",
+            "serviceAccount: ''",
+            "4:19: `workload.serviceAccount`",
+        ),
+        (
+            "address: 127.0.0.1:19010",
+            "address: nowhere",
+            "8:12: `ca.address`",
+        ),
+        (
+            "joinToken: s3cret-join-token",
+            "joinToken: '[redacted]'",
+            "10:14: `ca.joinToken`",
+        ),
+        ("port: 6379,", "port: 80,", "14:23: `ports.1.port`"),
+        ("port: 6379,", "port: 0,", "14:23: `ports.1.port`"),
+        ("name: db", "name: http", "14:13: `ports.1.name`"),
+        ("name: db", "name: '80'", "14:13: `ports.1.name`"),
+        (
+            "address: 127.0.0.1:6379,",
+            "address: 0.0.0.0:6379,",
+            "14:38: `ports.1.address`",
+        ),
+        (
+            "address: 127.0.0.1:8080",
+            "address: 127.0.0.1:19001",
+            "13:38: `ports.0.address`",
+        ),
+        (
+            "address: 127.0.0.1:8080",
+            "address: 127.0.0.1:19006",
+            "13:38: `ports.0.address`",
+        ),
+        (
+            "127.0.0.1:16379",
+            "127.0.0.1:19000",
+            "16:43: `upstreams.0.address`",
+        ),
+        (
+            "127.0.0.1:16379",
+            "0.0.0.0:16379",
+            "16:43: `upstreams.0.address`",
+        ),
+        ("workers: 2", "workers: 0", "19:10: `workers`"),
+        (
+            "workers: 2",
+            "outbound: { address: '0.0.0.0:19001' }",
+            "19:22: `outbound.address`",
+        ),
+        (
+            "workers: 2",
+            "admin: { address: '10.0.0.1:19000' }",
+            "19:19: `admin.address`",
+        ),
+        (
+            "workers: 2",
+            "health: { address: '0.0.0.0:19006' }",
+            "19:20: `health.address`",
+        ),
+        (
+            "drainTimeout: 10s",
+            "drainTimeout: 10ms",
+            "1:1: `drainGrace`",
+        ),
+        (
+            "path: logs/orders.jsonl",
+            "path: x, stdout: true",
+            "17:25: `log.stdout`",
+        ),
+        (
+            "path: logs/orders.jsonl",
+            "flushInterval: 1s",
+            "17:23: `log.flushInterval`",
+        ),
+        (
+            "path: logs/orders.jsonl",
+            "denialsQueueMax: 0",
+            "17:25: `log.denialsQueueMax`",
+        ),
+        (
+            "ConnectionsMax: 100",
+            "ConnectionsMax: 0",
+            "21:34: `limits.inboundConnectionsMax`",
+        ),
+        (
+            "handshakeTimeout: 3s",
+            "handshakeTimeout: 0s",
+            "21:57: `limits.handshakeTimeout`",
+        ),
+        (
+            "handshakeTimeout: 3s",
+            "resourcesSettleTime: 10ms",
+            "21:60: `limits.resourcesSettleTime`",
+        ),
+        (
+            "handshakeTimeout: 3s",
+            "connectionWindowBytes: 1",
+            "21:62: `limits.connectionWindowBytes`",
+        ),
+        (
+            "handshakeTimeout: 3s",
+            "poolIdleTimeout: 1h",
+            "21:56: `limits.poolIdleTimeout`",
+        ),
+    ] {
+        check(from, to, &format!("orders.yaml:{expected}"));
+    }
+}
+
+#[test]
+fn two_proofs_or_none_are_refused() {
+    let both = "joinToken: a\n  joinTokenFile: token";
+    check(
+        "joinToken: s3cret-join-token",
+        both,
+        "orders.yaml:11:18: `ca.joinTokenFile`",
+    );
+    let text = COMPLETE.replacen("state: state/orders\n", "", 1);
+    let text = text.replacen("  joinToken: s3cret-join-token\n", "", 1);
+    let error = Config::from_yaml("orders.yaml", &text)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.starts_with("orders.yaml:8:3: `ca`: nothing proves who"),
+        "{error}"
+    );
+}
+
+#[test]
+fn every_problem_is_reported_at_once() {
+    let text =
+        COMPLETE
+            .replacen("workers: 2", "workers: 0", 1)
+            .replacen("name: db", "name: http", 1);
+    let error = Config::from_yaml("orders.yaml", &text)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(error.lines().count(), 2, "{error}");
+}
+
+#[test]
+fn printed_configuration_shows_every_default_and_no_secret() {
+    let config = Config::from_yaml("orders.yaml", COMPLETE).unwrap();
+    let printed = config.to_yaml();
+    assert!(!printed.contains("s3cret"), "{printed}");
+    assert!(!format!("{config:?}").contains("s3cret"), "{config:?}");
+    for line in [
+        "joinToken:",
+        "address: 127.0.0.1:19001",
+        "address: 0.0.0.0:19006",
+        "address: 127.0.0.1:19000",
+        "address: 127.0.0.1:19021",
+        "drainTimeout: 10s",
+        "drainGrace: 1s",
+        "headBytesMax: 65536",
+        "headersMax: 100",
+        "poolIdleTimeout: 1m 30s",
+        "level: info",
+    ] {
+        assert!(printed.contains(line), "{line}\n{printed}");
+    }
+    let again = printed
+        .replace("'[redacted]'", "token")
+        .replace("\"[redacted]\"", "token");
+    let again = Config::from_yaml("printed.yaml", &again).expect("what was printed can be read");
+    assert_eq!(again.limits.inbound_connections_max, 100);
+}
+
+#[test]
+fn relative_paths_are_relative_to_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("orders.yaml");
+    std::fs::write(&file, COMPLETE).unwrap();
+    let config = Config::from_file(&file).unwrap();
+    assert_eq!(config.resources, folder.path().join("resources"));
+    assert_eq!(config.ca.root, folder.path().join("ca/root.pem"));
+    assert_eq!(
+        config.log.path,
+        Some(folder.path().join("logs/orders.jsonl"))
+    );
+    assert_eq!(config.state, Some(folder.path().join("state/orders")));
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Config::from_file(Path::new("/nowhere/orders.yaml")).unwrap_err();
+    assert!(
+        error.to_string().contains("/nowhere/orders.yaml"),
+        "{error}"
+    );
+}
