@@ -32,6 +32,10 @@ pub(super) enum Scan {
 
 /// The facts of a head that decide how its message is framed.
 #[derive(Clone, Copy, Debug, Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each from its own field"
+)]
 pub(super) struct Facts {
     /// HTTP/1.1, not HTTP/1.0.
     pub(super) http11: bool,
@@ -97,29 +101,48 @@ impl Head {
 
     /// Reads on in `block`, which starts where the block starts and has grown since the last call.
     pub(super) fn feed(&mut self, block: &[u8], limits: &GuardLimits) -> Result<Scan, Reason> {
-        loop {
-            let unseen = block.get(self.scan_at..).unwrap_or_default();
-            let Some(found) = unseen.iter().position(|byte| *byte == b'\n') else {
-                self.scan_at = block.len();
-                if block.len() >= limits.head_bytes_max {
-                    return Err(Reason::HeadTooLarge);
-                }
-                return Ok(Scan::More);
-            };
-            let end = self.scan_at + found;
-            if end >= limits.head_bytes_max {
-                return Err(Reason::HeadTooLarge);
-            }
+        while let Some(end) = self.line_end(block, limits)? {
             let line_at = self.line_at;
-            (self.line_at, self.scan_at) = (end + 1, end + 1);
             let line = block.get(line_at..end).unwrap_or_default();
-            let line = line.strip_suffix(b"\r").ok_or(Reason::BareLf)?;
+            let next = end + b"\r\n".len();
+            (self.line_at, self.scan_at) = (next, next);
             match (line.is_empty(), self.started) {
-                (true, true) => return self.finish(block).map(|()| Scan::Done(end + 1)),
-                (true, false) => return Ok(Scan::Blank(end + 1)),
+                (true, true) => return self.finish(block).map(|()| Scan::Done(next)),
+                (true, false) => return Ok(Scan::Blank(next)),
                 (false, true) => self.field(line, line_at, limits)?,
                 (false, false) => self.start(line)?,
             }
+        }
+        Ok(Scan::More)
+    }
+
+    /// Where the current line's CRLF stands. What no later byte could mend is refused at once:
+    /// what is not HTTP may never end a line.
+    fn line_end(&mut self, block: &[u8], limits: &GuardLimits) -> Result<Option<usize>, Reason> {
+        let bound = limits.head_bytes_max;
+        let block = block.get(..bound).unwrap_or(block);
+        let more = |reason| {
+            if block.len() < bound {
+                Ok(None)
+            } else {
+                Err(reason)
+            }
+        };
+        if self.started && matches!(block.get(self.line_at), Some(b' ' | b'\t')) {
+            return Err(Reason::ObsFold);
+        }
+        let unseen = block.get(self.scan_at..).unwrap_or_default();
+        let found = unseen.iter().position(|byte| matches!(byte, b'\r' | b'\n'));
+        let Some(end) = found.map(|found| self.scan_at + found) else {
+            self.scan_at = block.len();
+            return more(Reason::HeadTooLarge);
+        };
+        self.scan_at = end;
+        match (block.get(end), block.get(end + 1)) {
+            (Some(b'\n'), _) => Err(Reason::BareLf),
+            (_, Some(b'\n')) => Ok(Some(end)),
+            (_, Some(_)) => Err(Reason::BareCr),
+            (_, None) => more(Reason::HeadTooLarge),
         }
     }
 
@@ -138,7 +161,6 @@ impl Head {
         self.facts.http11 = match version {
             b"HTTP/1.1" => true,
             b"HTTP/1.0" => false,
-            _ if version.contains(&b'\r') => return Err(Reason::BareCr),
             _ => return Err(Reason::Version),
         };
         if let Some(authority) = check_target(method, target)? {
@@ -163,11 +185,7 @@ impl Head {
             .ok_or(Reason::StatusCode)?;
         // The phrase is optional, and so is the blank before none.
         if !phrase.is_empty() && !phrase.starts_with(b" ") {
-            return Err(if phrase.starts_with(b"\r") {
-                Reason::BareCr
-            } else {
-                Reason::StatusCode
-            });
+            return Err(Reason::StatusCode);
         }
         check_value(phrase)
     }
@@ -182,7 +200,7 @@ impl Head {
             .and_then(|at| line.split_at_checked(at))
             .ok_or(Reason::HeaderName)?;
         let [b':', value @ ..] = rest else {
-            return Err(name_reason(name, rest));
+            return Err(name_reason(rest));
         };
         if name.is_empty() {
             return Err(Reason::HeaderName);
@@ -287,11 +305,9 @@ fn check_value(value: &[u8]) -> Result<(), Reason> {
 }
 
 /// What is wrong with a line on which a colon does not follow the name.
-fn name_reason(name: &[u8], rest: &[u8]) -> Reason {
+fn name_reason(rest: &[u8]) -> Reason {
     match rest.first() {
-        Some(b' ' | b'\t') if name.is_empty() => Reason::ObsFold,
         Some(b' ' | b'\t') if trim(rest, true).starts_with(b":") => Reason::SpaceBeforeColon,
-        Some(b'\r') => Reason::BareCr,
         Some(0) => Reason::Nul,
         _ => Reason::HeaderName,
     }

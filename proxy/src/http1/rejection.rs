@@ -84,6 +84,7 @@ impl Reason {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "a table, one entry for each reason")]
     fn facts(self) -> (&'static str, &'static str) {
         match self {
             Self::RequestLine => (

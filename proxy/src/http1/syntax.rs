@@ -86,7 +86,6 @@ pub(super) fn is_value(byte: u8) -> bool {
 /// What is wrong with a value's byte for which [`is_value`] is false.
 pub(super) fn value_reason(byte: u8) -> Reason {
     match byte {
-        b'\r' => Reason::BareCr,
         0 => Reason::Nul,
         _ => Reason::HeaderValue,
     }
@@ -117,12 +116,8 @@ pub(super) fn check_target<'a>(
 }
 
 fn check_absolute(target: &[u8]) -> Result<&[u8], Reason> {
-    if let Some(bad) = target.iter().find(|byte| !byte.is_ascii_graphic()) {
-        return Err(if *bad == b'\r' {
-            Reason::BareCr
-        } else {
-            Reason::Target
-        });
+    if !target.iter().all(u8::is_ascii_graphic) {
+        return Err(Reason::Target);
     }
     let Some(rest) = target.strip_prefix(b"http://") else {
         let has_scheme = target.windows(3).any(|three| three == b"://");
@@ -155,7 +150,6 @@ fn check_path_and_query(target: &[u8]) -> Result<(), Reason> {
                     return Err(Reason::PercentEncoding);
                 }
             }
-            b'\r' => return Err(Reason::BareCr),
             _ if is(byte, class) => {}
             _ => return Err(Reason::Target),
         }
