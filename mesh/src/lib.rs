@@ -27,5 +27,5 @@ pub use resource::{Problem, Resource, ResourceKey, Severity};
 pub use routes::{Endpoint, Route, Routes, Traffic};
 pub use snapshot::Snapshot;
 pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
-pub use store::{BrokenResource, ResourceSet};
+pub use store::{BrokenResource, ResourceSet, ResourceStore};
 pub use workload::{Enforcement, Workload, WorkloadPort};

@@ -12,19 +12,29 @@ use serde::ser::SerializeStruct;
 use serde::{Deserialize, Serialize, Serializer};
 
 mod authorization;
+mod check;
+mod decode;
+mod document;
+mod fault;
 mod list;
 mod name;
 mod pattern;
 mod problem;
 mod schema;
 mod static_service;
+mod suggest;
 mod traffic;
+mod tree;
 mod value;
 
 pub use authorization::{
     Action, AuthorizationPolicy, AuthorizationPolicySpec, Mode, Rule, Selector, Source, Target,
     Upgrade,
 };
+pub use document::{
+    DOCUMENTS_PER_FILE_MAX, FILE_BYTES_MAX, Known, Located, parse_documents, parse_value,
+};
+pub(crate) use document::{Document, read as read_documents};
 pub use pattern::{PathPattern, PatternError, PatternSegment};
 pub use problem::{Problem, Severity};
 pub use static_service::{
@@ -34,6 +44,7 @@ pub use traffic::{
     BalancingPolicy, GrpcRetry, GrpcRetryCode, LoadBalancing, OutlierEjection, Retry,
     RetryCondition, TrafficPolicy, TrafficPolicySpec,
 };
+pub use tree::NODES_PER_DOCUMENT_MAX;
 pub use value::{Percent, PercentError, PortRef};
 
 /// `apiVersion` of every resource.

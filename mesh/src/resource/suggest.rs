@@ -40,7 +40,8 @@ fn distance(a: &str, b: &str) -> usize {
         let mut current = vec![row + 1];
         let mut last_b = None;
         for (column, char_b) in b.iter().copied().enumerate() {
-            let at = |costs: &[usize], index: usize| costs.get(index).copied().unwrap_or(usize::MAX - 1);
+            let at =
+                |costs: &[usize], index: usize| costs.get(index).copied().unwrap_or(usize::MAX - 1);
             let substituted = at(&previous, column) + usize::from(char_a != char_b);
             let gap = at(&previous, column + 1).min(at(&current, column)) + 1;
             let mut best = substituted.min(gap);
