@@ -141,6 +141,13 @@ impl CredentialStore {
         self.current.load_full()
     }
 
+    /// Whether there is an SVID that is in date: without one, nothing may be served.
+    pub fn is_ready(&self) -> bool {
+        let current = self.current.load();
+        let not_after = current.as_ref().map(|current| current.svid.not_after);
+        not_after.is_some_and(|end| self.clock.now() <= end)
+    }
+
     /// Reports each new epoch. A receiver that is slow sees the latest, not all of them.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.epoch.subscribe()

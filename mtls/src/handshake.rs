@@ -20,8 +20,8 @@ use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::SingleCertAndKey;
 use rustls::{
-    AlertDescription, ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig,
-    SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName,
+    ServerConfig, SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sidegate_mesh::clock::Clock;
@@ -519,6 +519,13 @@ impl PeerCheck {
             },
             rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)
             | rustls::Error::NoApplicationProtocol => HandshakeError::Alpn { claimed: claimed() },
+            // A certificate that somebody else holds the key of.
+            rustls::Error::InvalidCertificate(CertificateError::BadSignature) => {
+                HandshakeError::Certificate {
+                    reason: VerifyError::BadSignature,
+                    claimed: claimed(),
+                }
+            }
             rustls::Error::AlertReceived(alert) => HandshakeError::Refused { alert },
             error => HandshakeError::Tls(error),
         }
