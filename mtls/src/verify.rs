@@ -468,15 +468,41 @@ fn check_path(
         Ok(()) => return Ok(()),
         Err(refusal) => refusal,
     };
-    if usable.len() == roots.len() {
-        return Err(refusal);
+    // The rest only says the true reason. Roots of one name hide it: the wrong one's signature.
+    let one_by_one = usable.iter().map(std::slice::from_ref);
+    let specific = one_by_one
+        .filter_map(|root| webpki_path(leaf, issuers, root, now).err())
+        .find(|error| {
+            !matches!(
+                error,
+                VerifyError::BadSignature | VerifyError::UnknownIssuer
+            )
+        });
+    if let Some(specific) = specific {
+        return Err(specific);
     }
-    // Only to say the true reason: with every root, in date or not, is there a path?
     let every: Vec<TrustAnchor<'_>> = roots.iter().map(|root| root.anchor().clone()).collect();
-    match webpki_path(leaf, issuers, &every, now) {
-        Ok(()) => Err(VerifyError::AnchorExpired),
-        Err(_) => Err(refusal),
+    if usable.len() < every.len() && webpki_path(leaf, issuers, &every, now).is_ok() {
+        return Err(VerifyError::AnchorExpired);
     }
+    if refusal == VerifyError::BadSignature && is_sound_without_root(leaf, issuers, now) {
+        return Err(VerifyError::UnknownIssuer);
+    }
+    Err(refusal)
+}
+
+/// Whether the presented chain is whole in itself. Then a signature that does not verify is the
+/// root's: another CA of the same name, or a root that was replaced.
+fn is_sound_without_root(
+    leaf: &CertificateDer<'_>,
+    issuers: &[CertificateDer<'_>],
+    now: SystemTime,
+) -> bool {
+    let Some((top, between)) = issuers.split_last() else {
+        return false;
+    };
+    webpki::anchor_from_trusted_cert(top)
+        .is_ok_and(|anchor| webpki_path(leaf, between, &[anchor], now).is_ok())
 }
 
 fn webpki_path(
