@@ -30,9 +30,9 @@ const TEXT_BYTES_MAX: usize = 256;
 #[derive(Debug, Default)]
 pub struct ByteCounters {
     /// From the caller.
-    pub request: AtomicU64,
+    pub request: Arc<AtomicU64>,
     /// To the caller.
-    pub response: AtomicU64,
+    pub response: Arc<AtomicU64>,
 }
 
 impl ByteCounters {

@@ -107,6 +107,7 @@ impl Registry {
             next: AtomicU64::new(0),
             cut: OnceLock::new(),
             notify: Notify::new(),
+            call_ended: Notify::new(),
         });
         lock(&self.links).insert(id, Arc::clone(&link));
         LinkGuard {
@@ -143,6 +144,7 @@ pub struct Link {
     next: AtomicU64,
     cut: OnceLock<&'static str>,
     notify: Notify,
+    call_ended: Notify,
 }
 
 impl Link {
@@ -225,6 +227,11 @@ impl Link {
             }
             self.notify.notified().await;
         }
+    }
+
+    /// Waits until a call has ended, perhaps one that ended before. One task waits at a time.
+    pub async fn call_ended(&self) {
+        self.call_ended.notified().await;
     }
 
     fn summary(&self) -> ConnectionSummary {
@@ -375,6 +382,7 @@ impl LiveGuard {
 impl Drop for LiveGuard {
     fn drop(&mut self) {
         lock(&self.link.calls).remove(&self.id);
+        self.link.call_ended.notify_one();
     }
 }
 

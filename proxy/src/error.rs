@@ -50,6 +50,9 @@ pub enum RequestError {
     /// The sidecar drains and takes no new streams.
     #[error("draining")]
     Draining,
+    /// The drain's deadline came before the call's end.
+    #[error("cut off by the drain's deadline")]
+    DrainDeadline,
     /// A configured bound on work in flight is reached.
     #[error("overloaded: {bound}")]
     Overloaded {
@@ -127,6 +130,7 @@ impl RequestError {
             Self::PolicyChanged { .. } => "denied_by_policy_change",
             Self::NotReady => "not_ready",
             Self::Draining => "draining",
+            Self::DrainDeadline => "drain_deadline",
             Self::Overloaded { .. } => "overloaded",
             Self::DestinationUnknown => "destination_unknown",
             Self::NoEndpoint => "no_endpoint",
@@ -157,6 +161,7 @@ impl RequestError {
             | Self::DestinationUnknown => StatusCode::BAD_GATEWAY,
             Self::NotReady
             | Self::Draining
+            | Self::DrainDeadline
             | Self::Overloaded { .. }
             | Self::NoEndpoint
             | Self::UpstreamConnect { .. }
@@ -179,6 +184,7 @@ impl RequestError {
             Self::BadRequest { .. } | Self::UpstreamProtocol { .. } => 13, // INTERNAL
             Self::NotReady
             | Self::Draining
+            | Self::DrainDeadline
             | Self::DestinationUnknown
             | Self::NoEndpoint
             | Self::UpstreamConnect { .. }
@@ -193,11 +199,18 @@ impl RequestError {
         match self {
             Self::Denied { .. } | Self::PolicyChanged { .. } => wire::policy_denied(),
             Self::CertificateEnded { .. } => wire::certificate_ended(),
+            // NO_ERROR would read as a clean end of what was not complete.
+            Self::UpstreamReset {
+                reason: Some(Reason::NO_ERROR),
+                ..
+            } => Reason::CANCEL,
             Self::UpstreamReset {
                 reason: Some(reason),
                 ..
             } => *reason,
-            Self::PeerReset { .. } | Self::Timeout { .. } | Self::Idle => Reason::CANCEL,
+            Self::PeerReset { .. } | Self::Timeout { .. } | Self::Idle | Self::DrainDeadline => {
+                Reason::CANCEL
+            }
             Self::Draining | Self::UpstreamConnect { .. } => Reason::REFUSED_STREAM,
             Self::BadRequest { .. } | Self::HeaderListTooLarge => Reason::PROTOCOL_ERROR,
             Self::DeniedByPeer
@@ -233,6 +246,7 @@ impl RequestError {
             | Self::DeniedByPeer
             | Self::NotReady
             | Self::Draining
+            | Self::DrainDeadline
             | Self::DestinationUnknown
             | Self::NoEndpoint
             | Self::Timeout { .. }
@@ -299,6 +313,7 @@ impl RequestError {
             }
             Self::NotReady => "not ready",
             Self::Draining => "draining",
+            Self::DrainDeadline => "drain_deadline",
             Self::Overloaded { .. } => "overloaded",
             Self::DestinationUnknown => "destination unknown",
             Self::NoEndpoint => "no endpoint available",

@@ -175,7 +175,7 @@ pub fn check_h1(headers: &HeaderMap) -> Result<(), RequestError> {
             return Err(bad("header_name"));
         }
         let control = |byte: &u8| matches!(byte, 0..=8 | 10..=31 | 127);
-        if value.as_bytes().iter().any(|byte| control(byte)) {
+        if value.as_bytes().iter().any(control) {
             return Err(bad("header_value"));
         }
     }
@@ -269,7 +269,7 @@ impl Head {
             }
         } else {
             let target = self.target();
-            *request.uri_mut() = target.parse().map_err(|_| bad("target"))?;
+            *request.uri_mut() = target.parse().ok().ok_or(bad("target"))?;
             self.write_h1(&mut request, &mut headers)?;
         }
         if let Some(caller) = caller {
@@ -288,7 +288,7 @@ impl Head {
     ) -> Result<(), RequestError> {
         if let Some(authority) = &self.authority {
             let host = HeaderValue::try_from(authority.to_string());
-            headers.insert(HOST, host.map_err(|_| bad("authority_host"))?);
+            headers.insert(HOST, host.ok().ok_or(bad("authority_host"))?);
         }
         if self.kind == Kind::WebSocket {
             *request.version_mut() = Version::HTTP_11;
@@ -307,15 +307,17 @@ impl Head {
     }
 
     fn uri(&self) -> Result<Uri, RequestError> {
-        let target = PathAndQuery::try_from(self.target()).map_err(|_| bad("target"))?;
+        let target = PathAndQuery::try_from(self.target())
+            .ok()
+            .ok_or(bad("target"))?;
         let mut parts = http::uri::Parts::default();
         parts.path_and_query = Some(target);
         if let Some(authority) = &self.authority {
             parts.scheme = Some(Scheme::HTTP);
             let authority = authority.to_string().parse();
-            parts.authority = Some(authority.map_err(|_| bad("authority_host"))?);
+            parts.authority = Some(authority.ok().ok_or(bad("authority_host"))?);
         }
-        Uri::from_parts(parts).map_err(|_| bad("target"))
+        Uri::from_parts(parts).ok().ok_or(bad("target"))
     }
 }
 
@@ -370,7 +372,7 @@ fn port(sender: Sender, headers: &HeaderMap) -> Result<Option<u16>, RequestError
 ///
 /// [`RequestError::BadRequest`] when it is not a port's number in its plain form.
 pub fn parse_port(value: &HeaderValue) -> Result<u16, RequestError> {
-    let text = value.to_str().map_err(|_| bad("sidegate_port"))?;
+    let text = value.to_str().ok().ok_or(bad("sidegate_port"))?;
     let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let port = text.parse().ok().filter(|port| plain && *port != 0);
     port.ok_or(bad("sidegate_port"))
@@ -389,7 +391,7 @@ fn authority(
         .transpose()?;
     let host = single(headers, &HOST)?;
     let of_host = match host {
-        Some(host) => Some(parse(host.to_str().map_err(|_| bad("authority_host"))?)?),
+        Some(host) => Some(parse(host.to_str().ok().ok_or(bad("authority_host"))?)?),
         None => None,
     };
     match (of_target, of_host) {
@@ -518,7 +520,7 @@ fn keeps(name: &HeaderName, sender: Sender) -> bool {
 }
 
 fn write_caller(headers: &mut HeaderMap, caller: &SpiffeId) -> Result<(), RequestError> {
-    let value = |text: &str| HeaderValue::from_str(text).map_err(|_| bad("caller"));
+    let value = |text: &str| HeaderValue::from_str(text).ok().ok_or(bad("caller"));
     headers.insert(CLIENT_CERT, value(&format!("URI={caller}"))?);
     headers.insert(CLIENT_ID, value(caller.as_str())?);
     Ok(())

@@ -1,6 +1,7 @@
 //! The Sidegate sidecar.
 
 pub mod access_log;
+pub mod application;
 pub mod authorize;
 pub mod body;
 pub mod call;
@@ -10,6 +11,7 @@ pub mod drain;
 pub mod error;
 pub mod headers;
 pub mod http1;
+pub mod inbound;
 pub mod limits;
 pub mod metrics;
 pub mod shared;

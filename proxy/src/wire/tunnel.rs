@@ -248,15 +248,20 @@ async fn wire_to_io<IO: AsyncRead + AsyncWrite>(
     count: &AtomicU64,
 ) -> Result<WriteHalf<IO>, TunnelEnd> {
     while let Some(data) = recv.data().await {
-        let data = data.map_err(reset_by_peer)?;
+        let data = data.map_err(|error| reset_by_peer(&error))?;
         let length = data.len();
-        writer.write_all(&data).await.map_err(aborted)?;
+        writer
+            .write_all(&data)
+            .await
+            .map_err(|error| aborted(&error))?;
         count.fetch_add(length as u64, Ordering::Relaxed);
         // A failure means that the stream is gone, which the next read reports.
         drop(recv.flow_control().release_capacity(length));
     }
-    recv.trailers().await.map_err(reset_by_peer)?;
-    writer.shutdown().await.map_err(aborted)?;
+    recv.trailers()
+        .await
+        .map_err(|error| reset_by_peer(&error))?;
+    writer.shutdown().await.map_err(|error| aborted(&error))?;
     Ok(writer)
 }
 
@@ -271,7 +276,7 @@ async fn io_to_wire<'s, IO: AsyncRead + AsyncWrite>(
     loop {
         buffer.reserve(CHUNK_BYTES);
         let read = tokio::select! {
-            read = reader.read_buf(&mut buffer) => read.map_err(aborted)?,
+            read = reader.read_buf(&mut buffer) => read.map_err(|error| aborted(&error))?,
             reason = reset(send) => return Err(TunnelEnd::PeerReset(reason)),
         };
         if read == 0 {
@@ -279,7 +284,8 @@ async fn io_to_wire<'s, IO: AsyncRead + AsyncWrite>(
         }
         forward(send, buffer.split().freeze(), count).await?;
     }
-    send.send_data(Bytes::new(), true).map_err(reset_by_peer)?;
+    send.send_data(Bytes::new(), true)
+        .map_err(|error| reset_by_peer(&error))?;
     Ok((reader, send))
 }
 
@@ -303,10 +309,10 @@ async fn reset(send: &mut SendStream<Bytes>) -> Option<Reason> {
     poll_fn(|context| send.poll_reset(context)).await.ok()
 }
 
-fn reset_by_peer(error: h2::Error) -> TunnelEnd {
+fn reset_by_peer(error: &h2::Error) -> TunnelEnd {
     TunnelEnd::PeerReset(error.reason())
 }
 
-fn aborted(error: io::Error) -> TunnelEnd {
+fn aborted(error: &io::Error) -> TunnelEnd {
     TunnelEnd::Aborted(error.kind())
 }

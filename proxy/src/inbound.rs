@@ -1,0 +1,227 @@
+//! The inbound half: other sidecars' calls, from their connection to the application's answer.
+//!
+//! Always true: nothing is served that did not come through mesh TLS; every connection is listed
+//! before its first stream, and every stream before its first check; what is refused is logged with
+//! its reason and counted. [`serve`] is one worker's.
+
+mod exchange;
+mod handshake;
+mod reply;
+mod request;
+mod session;
+mod tunnel;
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use sidegate_mesh::access_log::Direction;
+use sidegate_mesh::policy::Policy;
+use sidegate_mtls::Acceptor;
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::application::{Application, wire_limits};
+use crate::authorize;
+use crate::connections::{Ending, Registry};
+use crate::shared::Shared;
+use crate::wire::WireLimits;
+
+/// How often unused connections to the application are looked through.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How many looks an idle limit is divided into; a call ends at most one of them late.
+const IDLE_VISITS: u64 = 4;
+/// Pause after the system has refused to accept, as when there are no more file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves one worker's inbound listener until the drain has ended.
+///
+/// From the begin of a drain every connection is told to go away; connections are still accepted
+/// for the grace period, and those that the system has already accepted after it, so that no caller
+/// meets a closed port with its call under way. Open calls go on until they end or the drain's
+/// deadline comes.
+pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let inbound = Arc::new(Inbound::new(shared));
+    let life = async {
+        accept_loop(listener, &inbound).await;
+        inbound.shared.drain.closed().await;
+        for link in inbound.registry.links() {
+            link.end_calls(&Ending::Drained);
+        }
+    };
+    tokio::select! {
+        () = life => {}
+        () = recheck(&inbound) => {}
+        () = sweep(&inbound) => {}
+        () = end_idle(&inbound) => {}
+    }
+}
+
+/// What all inbound connections of one worker share.
+struct Inbound {
+    shared: Arc<Shared>,
+    registry: Arc<Registry>,
+    application: Application,
+    acceptor: Acceptor,
+    limits: WireLimits,
+}
+
+/// One of the application's ports.
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    port: u16,
+    address: SocketAddr,
+}
+
+impl Inbound {
+    fn new(shared: Arc<Shared>) -> Self {
+        let acceptor = Acceptor::new(
+            Arc::clone(&shared.credentials),
+            shared.config.limits.handshake_timeout,
+            Arc::clone(&shared.clock),
+        );
+        Self {
+            registry: shared.connections.worker(),
+            application: Application::new(&shared),
+            limits: wire_limits(&shared),
+            acceptor,
+            shared,
+        }
+    }
+
+    /// The port that a peer names, or the workload's only one.
+    fn target(&self, named: Option<u16>) -> Option<Target> {
+        let ports = &self.shared.config.ports;
+        let found = match named {
+            Some(number) => ports.iter().find(|port| port.port == number),
+            None => ports.first().filter(|_| ports.len() == 1),
+        };
+        found.map(|port| Target {
+            port: port.port,
+            address: port.address,
+        })
+    }
+}
+
+async fn accept_loop(listener: TcpListener, inbound: &Arc<Inbound>) {
+    let drain = &inbound.shared.drain;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = drain.accept_until() => break,
+        };
+        match accepted {
+            Ok((stream, address)) => begin(inbound, stream, address),
+            Err(error) => pause_after(inbound, &error).await,
+        }
+    }
+    // What the system has accepted already belongs to callers who believe in it.
+    while let Some((stream, address)) = accept_now(&listener) {
+        begin(inbound, stream, address);
+    }
+}
+
+fn accept_now(listener: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
+    match pin!(listener.accept()).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(accepted) => accepted.ok(),
+        Poll::Pending => None,
+    }
+}
+
+async fn pause_after(inbound: &Inbound, error: &io::Error) {
+    tracing::warn!(%error, retry_in = ?ACCEPT_PAUSE, "inbound connection not accepted");
+    inbound.shared.clock.sleep(ACCEPT_PAUSE).await;
+}
+
+/// Takes a permit and serves the connection; without one it is closed, and counted by the limit.
+fn begin(inbound: &Arc<Inbound>, stream: TcpStream, address: SocketAddr) {
+    let Some(permit) = inbound.shared.limits.inbound_connections.try_acquire() else {
+        return;
+    };
+    let inbound = Arc::clone(inbound);
+    let tasks = inbound.shared.drain.tasks().clone();
+    tasks.spawn(async move {
+        let open = inbound.shared.metrics.connections_open(Direction::Inbound);
+        open.inc();
+        serve_connection(&inbound, stream, address).await;
+        open.dec();
+        drop(permit);
+    });
+}
+
+async fn serve_connection(inbound: &Arc<Inbound>, stream: TcpStream, address: SocketAddr) {
+    // A failure means that the peer is gone already, which the first read reports.
+    drop(stream.set_nodelay(true));
+    let Some((stream, peer)) = handshake::accept(inbound, stream, address).await else {
+        return;
+    };
+    let per_peer = &inbound.shared.limits.inbound_connections_per_peer;
+    let Some(_permit) = per_peer.try_acquire(peer.id.text()) else {
+        return;
+    };
+    let now = inbound.shared.clock.now();
+    let link = inbound.registry.register(peer, address, now);
+    // Registered first: trust that was withdrawn since the handshake is noticed here or by the
+    // recheck, never by neither.
+    handshake::retrust(&inbound.shared, link.link());
+    session::run(inbound, &link, stream).await;
+}
+
+/// Goes through every live call when the policy changes, and through every peer when the
+/// credentials do.
+async fn recheck(inbound: &Inbound) {
+    let mut snapshots = inbound.shared.state.subscribe();
+    let mut epochs = inbound.shared.credentials.subscribe();
+    let mut enforced: Option<Arc<Policy>> = None;
+    loop {
+        enforced = recheck_policy(inbound, enforced);
+        tokio::select! {
+            changed = snapshots.changed() => if changed.is_err() { break },
+            changed = epochs.changed() => {
+                if changed.is_err() {
+                    break;
+                }
+                recheck_trust(inbound);
+            }
+        }
+    }
+    // The publisher is gone, and with it every further change.
+    std::future::pending::<()>().await;
+}
+
+/// Does nothing when only endpoints changed: the policy is the same one.
+fn recheck_policy(inbound: &Inbound, enforced: Option<Arc<Policy>>) -> Option<Arc<Policy>> {
+    let Some(snapshot) = inbound.shared.state.current() else {
+        return enforced;
+    };
+    let same = enforced.is_some_and(|policy| Arc::ptr_eq(&policy, &snapshot.policy));
+    if !same {
+        authorize::recheck(&inbound.registry, &snapshot.policy);
+    }
+    Some(Arc::clone(&snapshot.policy))
+}
+
+fn recheck_trust(inbound: &Inbound) {
+    for link in inbound.registry.links() {
+        handshake::retrust(&inbound.shared, &link);
+    }
+}
+
+async fn sweep(inbound: &Inbound) {
+    loop {
+        inbound.shared.clock.sleep(SWEEP_INTERVAL).await;
+        inbound.application.close_idle();
+    }
+}
+
+async fn end_idle(inbound: &Inbound) {
+    let limit = inbound.shared.config.limits.stream_idle_timeout;
+    let visits = u32::try_from(IDLE_VISITS).unwrap_or(1);
+    loop {
+        inbound.shared.clock.sleep(limit / visits).await;
+        inbound.registry.end_idle(IDLE_VISITS);
+    }
+}

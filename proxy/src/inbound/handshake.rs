@@ -1,0 +1,179 @@
+//! From a TCP connection to an authenticated peer.
+//!
+//! Always true: whoever is refused leaves a record with the reason's code and with who tried, as
+//! far as that is known; a claimed identity is never put where a proved one stands.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use sidegate_mesh::Verdict;
+use sidegate_mesh::access_log::{Direction, Protocol};
+use sidegate_mtls::{HandshakeError, Peer};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
+
+use super::Inbound;
+use crate::call::empty_record;
+use crate::connections::Link;
+use crate::limits::Permit;
+use crate::shared::Shared;
+
+/// First byte of a TLS handshake record.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// The answer to whoever speaks HTTP without TLS.
+const PLAINTEXT_ANSWER: &[u8] = b"HTTP/1.1 400 Bad Request\r\nsidegate-error: plaintext\r\n\
+content-type: text/plain\r\ncontent-length: 45\r\nconnection: close\r\n\r\n\
+plaintext refused: this port speaks mesh TLS\n";
+
+/// What came first on a connection.
+#[derive(Debug, PartialEq, Eq)]
+enum First {
+    Tls,
+    Http,
+    Other,
+    Nothing,
+}
+
+/// Authenticates the peer within the bounds on handshakes; `None` when it was refused, and logged.
+pub(super) async fn accept(
+    inbound: &Inbound,
+    stream: TcpStream,
+    address: SocketAddr,
+) -> Option<(TlsStream<TcpStream>, Peer)> {
+    let shared = &inbound.shared;
+    let since = shared.clock.now();
+    let _permit: Permit = shared.limits.handshakes.try_acquire()?;
+    match first(shared, &stream).await {
+        First::Tls => {}
+        // Port scans and TCP health checks: nobody tried anything.
+        First::Nothing => return None,
+        kind @ (First::Http | First::Other) => {
+            refuse_plaintext(shared, stream, address, kind).await;
+            return None;
+        }
+    }
+    match inbound.acceptor.accept(stream).await {
+        Ok(accepted) => Some(accepted),
+        Err(error) => {
+            log_failure(shared, address, since, &error);
+            None
+        }
+    }
+}
+
+/// Cuts a connection whose peer is no longer believed.
+pub(super) fn retrust(shared: &Shared, link: &Arc<Link>) {
+    let Some(credentials) = shared.credentials.current() else {
+        return;
+    };
+    if credentials.epoch() == link.peer().epoch {
+        return;
+    }
+    if let Err(error) = credentials.still_trusts(link.peer()) {
+        link.cut(error.code());
+        let claimed = link.peer().id.as_str();
+        log_refusal(
+            shared,
+            link.address(),
+            shared.clock.now(),
+            (error.code(), Some(claimed)),
+        );
+    }
+}
+
+async fn first(shared: &Shared, stream: &TcpStream) -> First {
+    let mut byte = [0_u8; 1];
+    let read = tokio::select! {
+        read = stream.peek(&mut byte) => read,
+        () = shared.clock.sleep(shared.config.limits.handshake_timeout) => Ok(0),
+    };
+    match read {
+        Ok(0) | Err(_) => First::Nothing,
+        Ok(_) => match byte {
+            [TLS_HANDSHAKE] => First::Tls,
+            [byte] if byte.is_ascii_graphic() => First::Http,
+            _ => First::Other,
+        },
+    }
+}
+
+async fn refuse_plaintext(
+    shared: &Shared,
+    mut stream: TcpStream,
+    address: SocketAddr,
+    kind: First,
+) {
+    log_refusal(shared, address, shared.clock.now(), ("plaintext", None));
+    if kind == First::Http {
+        // Short enough for any socket's buffer; a peer that does not read it loses nothing.
+        let answer = async {
+            stream.write_all(PLAINTEXT_ANSWER).await?;
+            stream.shutdown().await?;
+            drain_briefly(&mut stream).await
+        };
+        tokio::select! {
+            answered = answer => drop(answered),
+            () = shared.clock.sleep(shared.config.limits.handshake_timeout) => {}
+        }
+    }
+}
+
+/// Reads a little of what is on its way: closing on unread bytes would reset the connection, and
+/// the answer with it.
+async fn drain_briefly(stream: &mut TcpStream) -> std::io::Result<()> {
+    use tokio::io::AsyncReadExt;
+    let mut scratch = [0_u8; 1024];
+    for _ in 0..16 {
+        if stream.read(&mut scratch).await? == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn log_failure(shared: &Shared, address: SocketAddr, since: SystemTime, error: &HandshakeError) {
+    log_refusal(shared, address, since, (error.code(), error.claimed()));
+}
+
+/// Counts and records who was refused, and why.
+fn log_refusal(
+    shared: &Shared,
+    address: SocketAddr,
+    since: SystemTime,
+    (code, claimed): (&'static str, Option<&str>),
+) {
+    shared.metrics.handshake_failure(Direction::Inbound, code);
+    let mut record = empty_record(Direction::Inbound, since);
+    record.protocol = Protocol::Tcp;
+    record.source_address = Some(address.to_string());
+    record.destination = Some(Arc::clone(shared.workload.id.text()));
+    record.decision = Some(Verdict::Deny);
+    record.error = Some("tls_handshake");
+    record.reason = Some(match (code, claimed) {
+        ("plaintext", _) => "plaintext refused".to_owned(),
+        (code, Some(claimed)) => format!("{code}, claimed {claimed}"),
+        (code, None) => code.to_owned(),
+    });
+    let elapsed = shared.clock.now().duration_since(since).unwrap_or_default();
+    record.duration_ms = elapsed.as_secs_f64() * 1000.0;
+    shared.log.record(&record);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::PLAINTEXT_ANSWER;
+
+    #[test]
+    fn the_answer_to_plaintext_has_the_length_that_it_says() {
+        let text = String::from_utf8(PLAINTEXT_ANSWER.to_vec()).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(
+            head.contains(&format!("content-length: {}", body.len())),
+            "{}",
+            body.len()
+        );
+    }
+}

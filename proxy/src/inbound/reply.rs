@@ -1,0 +1,150 @@
+//! The answering half of one stream.
+//!
+//! Always true: whatever state an answer is in, [`Reply::fail`] ends it so that the caller cannot
+//! take it for a clean end: a whole response, gRPC trailers, or a reset.
+
+use std::future::poll_fn;
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, SendStream};
+use http::{Response, response};
+
+use crate::error::RequestError;
+use crate::wire;
+
+/// What the caller of a failed call was told.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Told {
+    /// The HTTP status, when a head was sent now.
+    pub(super) status: Option<u16>,
+    /// The gRPC status, when one was sent now.
+    pub(super) grpc_status: Option<u32>,
+}
+
+/// The answering half of one stream.
+pub(super) struct Reply {
+    respond: SendResponse<Bytes>,
+    stream: Option<SendStream<Bytes>>,
+    /// Failures are told in gRPC's way.
+    grpc: bool,
+}
+
+impl Reply {
+    pub(super) fn new(respond: SendResponse<Bytes>) -> Self {
+        Self {
+            respond,
+            stream: None,
+            grpc: false,
+        }
+    }
+
+    /// From now on failures are told in gRPC's way.
+    pub(super) fn speak_grpc(&mut self, grpc: bool) {
+        self.grpc = grpc;
+    }
+
+    /// Passes an informational answer on.
+    pub(super) fn informational(&mut self, head: Response<()>) {
+        // A failure means that the stream has ended, which the next step reports.
+        drop(self.respond.send_informational(head));
+    }
+
+    /// Sends the head; `end` when nothing follows it. Then the stream that the rest goes to.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError::PeerReset`] when the stream has ended.
+    pub(super) fn head(
+        &mut self,
+        head: response::Parts,
+        end: bool,
+    ) -> Result<&mut SendStream<Bytes>, RequestError> {
+        let response = Response::from_parts(head, ());
+        let stream = self.respond.send_response(response, end);
+        let stream = stream.map_err(|error| RequestError::PeerReset {
+            reason: error.reason(),
+        })?;
+        Ok(self.stream.insert(stream))
+    }
+
+    /// Waits until the caller gives the call up.
+    pub(super) async fn was_reset(&mut self) -> RequestError {
+        let reset = match &mut self.stream {
+            Some(stream) => poll_fn(|context| stream.poll_reset(context)).await,
+            None => poll_fn(|context| self.respond.poll_reset(context)).await,
+        };
+        let reason = match reset {
+            Ok(reason) => Some(reason),
+            Err(error) => error.reason(),
+        };
+        RequestError::PeerReset { reason }
+    }
+
+    /// Ends the answer for `error`, in the way that fits how far it has got.
+    pub(super) fn fail(&mut self, error: &RequestError) -> Told {
+        match &mut self.stream {
+            None => self.fail_before_head(error),
+            Some(stream) if self.grpc && speaks_in_trailers(error) => {
+                // A failure means that the stream has ended already.
+                drop(stream.send_trailers(error.grpc_trailers()));
+                Told {
+                    status: None,
+                    grpc_status: Some(error.grpc_status()),
+                }
+            }
+            Some(stream) => {
+                stream.send_reset(error.reset_reason());
+                Told::default()
+            }
+        }
+    }
+
+    fn fail_before_head(&mut self, error: &RequestError) -> Told {
+        if let Some(reason) = reset_before_head(error) {
+            self.respond.send_reset(reason);
+            return Told::default();
+        }
+        let (mut head, body) = error.to_response(self.grpc).into_parts();
+        // Errors made here come without the client's protocol; nothing else may look like them.
+        head.headers
+            .entry(wire::ERROR)
+            .or_insert_with(|| http::HeaderValue::from_static("unknown"));
+        let told = Told {
+            status: Some(head.status.as_u16()),
+            grpc_status: self.grpc.then(|| error.grpc_status()),
+        };
+        let end = body.is_empty();
+        if let Ok(stream) = self.head(head, end)
+            && !end
+        {
+            drop(stream.send_data(body, true));
+        }
+        told
+    }
+}
+
+/// The failures of a gRPC call that its trailers say; after any other, what was sent is not to be
+/// trusted.
+fn speaks_in_trailers(error: &RequestError) -> bool {
+    matches!(
+        error,
+        RequestError::PolicyChanged { .. } | RequestError::Timeout { .. } | RequestError::Idle
+    )
+}
+
+/// How a stream ends without any answer: where the caller may retry, where nobody listens, and
+/// where the application reset its own stream.
+fn reset_before_head(error: &RequestError) -> Option<Reason> {
+    match error {
+        RequestError::UpstreamConnect { .. } | RequestError::Draining => {
+            Some(Reason::REFUSED_STREAM)
+        }
+        RequestError::PeerReset { .. }
+        | RequestError::CertificateEnded { .. }
+        | RequestError::UpstreamReset {
+            reason: Some(_), ..
+        } => Some(error.reset_reason()),
+        _ => None,
+    }
+}

@@ -1,0 +1,208 @@
+//! One inbound stream, from its head to its record.
+//!
+//! Always true: the order of [`handle_request`] is the order of the checks; one snapshot decides,
+//! and the record names it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::{HeaderMap, Request};
+use sidegate_mesh::access_log::Direction;
+
+use super::reply::Reply;
+use super::session::Session;
+use super::{Target, exchange, tunnel};
+use crate::authorize;
+use crate::call::Call;
+use crate::connections::{Ending, LiveGuard, Subject};
+use crate::error::RequestError;
+use crate::headers::{self, Head, Kind, Sender};
+use crate::limits::Permit;
+use crate::wire;
+
+/// Serves one stream and writes its record.
+pub(super) async fn serve(
+    session: &Arc<Session>,
+    request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+) {
+    let shared = &session.inbound.shared;
+    let peer = session.link.peer();
+    let mut call = Call::start(shared, Direction::Inbound);
+    call.between(Some(&peer.id), Some(&shared.workload.id));
+    call.from_address(session.link.address());
+    call.record().tls_version = Some(peer.tls_version);
+    let mut reply = Reply::new(respond);
+    let outcome = if tunnel::is_opaque(&request) {
+        tunnel::handle_opaque(session, request, &mut reply, &mut call).await
+    } else {
+        handle_request(session, request, &mut reply, &mut call).await
+    };
+    if let Err(error) = outcome {
+        let told = reply.fail(&error);
+        call.told(told.status, told.grpc_status);
+        call.fail(&error);
+    }
+    call.finish();
+}
+
+/// One request: what is forwarded is authorized, by one snapshot, before it is forwarded.
+async fn handle_request(
+    session: &Arc<Session>,
+    request: Request<RecvStream>,
+    reply: &mut Reply,
+    call: &mut Call,
+) -> Result<(), RequestError> {
+    let (parts, body) = request.into_parts();
+    let head = sanitize(session, parts, reply, call)?;
+    let target = target(session, head.port)?;
+    let subject = Subject::Request {
+        port: target.port,
+        head: Arc::clone(&head),
+    };
+    // Registered before the first check: a policy change between the two would else be missed.
+    let live = register(session, subject.clone(), call);
+    let _permit = admit(session, &subject, call)?;
+    call.record().destination_address = Some(target.address.to_string());
+    let deadline = grpc_deadline(&head);
+    let exchange = exchange::Exchange {
+        session,
+        head: &head,
+        target,
+    };
+    tokio::select! {
+        served = exchange.run(body, reply, call) => served,
+        ending = live.live().ended() => Err(ended(session, call, ending)),
+        error = expire(session, deadline) => Err(error),
+    }
+}
+
+fn sanitize(
+    session: &Session,
+    parts: http::request::Parts,
+    reply: &mut Reply,
+    call: &mut Call,
+) -> Result<Arc<Head>, RequestError> {
+    let content_type = parts.headers.get(http::header::CONTENT_TYPE);
+    reply.speak_grpc(content_type.is_some_and(headers::is_grpc_type));
+    // Noted as it came, for whoever looks for an attacker; overwritten when it is in order.
+    call.describe_refused(parts.method.as_str(), parts.uri.path());
+    let head = headers::sanitize(parts, Sender::Sidecar, &session.inbound.limits)?;
+    reply.speak_grpc(head.kind == Kind::Grpc);
+    call.describe(&head);
+    Ok(Arc::new(head))
+}
+
+pub(super) fn target(session: &Session, named: Option<u16>) -> Result<Target, RequestError> {
+    let found = session.inbound.target(named);
+    found.ok_or(RequestError::DestinationUnknown)
+}
+
+pub(super) fn register(session: &Session, subject: Subject, call: &Call) -> LiveGuard {
+    let now = session.inbound.shared.clock.now();
+    session.link.begin(subject, call.counters(), now)
+}
+
+/// Authorization, then the bound on requests in flight.
+pub(super) fn admit(
+    session: &Session,
+    subject: &Subject,
+    call: &mut Call,
+) -> Result<Permit, RequestError> {
+    let shared = &session.inbound.shared;
+    // One load per request: the decision and the log line must name the same policy.
+    let snapshot = shared.state.current().ok_or(RequestError::NotReady)?;
+    let decision = authorize::decide(&snapshot.policy, &session.link.peer().id, subject);
+    call.decided(&decision, snapshot.number);
+    authorize::require_allowed(&decision)?;
+    let in_flight = shared.limits.in_flight(Direction::Inbound);
+    in_flight.try_acquire().ok_or(RequestError::Overloaded {
+        bound: "inboundRequestsMax",
+    })
+}
+
+/// What a call that is ended from outside fails with; the record names the policy that refuses now.
+pub(super) fn ended(session: &Session, call: &mut Call, ending: Ending) -> RequestError {
+    match ending {
+        Ending::Denied(decision) => {
+            let number = session.inbound.shared.state.current().map(|now| now.number);
+            call.decided(&decision, number.unwrap_or_default());
+            RequestError::PolicyChanged {
+                decision_id: authorize::decision_id(),
+            }
+        }
+        Ending::Certificate(reason) => RequestError::CertificateEnded { reason },
+        Ending::Idle => RequestError::Idle,
+        Ending::Drained => RequestError::DrainDeadline,
+    }
+}
+
+async fn expire(session: &Session, deadline: Option<Duration>) -> RequestError {
+    let Some(after) = deadline else {
+        return std::future::pending().await;
+    };
+    session.inbound.shared.clock.sleep(after).await;
+    RequestError::Timeout {
+        after_ms: u64::try_from(after.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+fn grpc_deadline(head: &Head) -> Option<Duration> {
+    head.is_grpc().then(|| grpc_timeout(&head.headers))?
+}
+
+/// `grpc-timeout`: at most eight digits and a unit. Anything else is no timeout.
+fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let plain = (1..=8).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+    let amount: u64 = digits.parse().ok().filter(|_| plain)?;
+    Some(match unit {
+        "H" => Duration::from_secs(amount * 3600),
+        "M" => Duration::from_secs(amount * 60),
+        "S" => Duration::from_secs(amount),
+        "m" => Duration::from_millis(amount),
+        "u" => Duration::from_micros(amount),
+        "n" => Duration::from_nanos(amount),
+        _ => return None,
+    })
+}
+
+/// Whether the `:protocol` of a request is `name`.
+pub(super) fn has_protocol<B>(request: &Request<B>, name: &str) -> bool {
+    let protocol = request.extensions().get::<h2::ext::Protocol>();
+    request.method() == http::Method::CONNECT && protocol.is_some_and(|p| p.as_str() == name)
+}
+
+/// The `:protocol` of opaque bytes.
+pub(super) const OPAQUE: &str = wire::TCP;
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &'static str, expected: Option<Duration>) {
+        let mut headers = HeaderMap::new();
+        headers.insert("grpc-timeout", HeaderValue::from_static(text));
+        assert_eq!(grpc_timeout(&headers), expected, "{text}");
+    }
+
+    #[test]
+    fn a_grpc_timeout_is_eight_digits_and_a_unit() {
+        check("1S", Some(Duration::from_secs(1)));
+        check("99999999H", Some(Duration::from_secs(99_999_999 * 3600)));
+        check("250m", Some(Duration::from_millis(250)));
+        check("7u", Some(Duration::from_micros(7)));
+        check("7n", Some(Duration::from_nanos(7)));
+        check("2M", Some(Duration::from_secs(120)));
+        for text in ["", "S", "1", "123456789S", "-1S", "+1S", "1s", "1.5S"] {
+            check(text, None);
+        }
+    }
+}

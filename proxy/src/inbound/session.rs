@@ -1,0 +1,191 @@
+//! One authenticated connection: its HTTP/2, its streams, its end.
+//!
+//! Always true: the connection is told to go away before it ends, unless its peer is no longer
+//! believed; from then on a new stream is answered with `REFUSED_STREAM`, which its caller may
+//! retry elsewhere; at the certificate's end, and at the drain's, nothing goes on.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use h2::server::{Connection, SendResponse};
+use h2::{Reason, RecvStream};
+use http::Request;
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
+
+use super::{Inbound, request};
+use crate::connections::{Ending, Link, LinkGuard};
+use crate::wire;
+use crate::wire::keepalive;
+
+/// How often a quiet peer is asked whether it is still there, and how long it may take to say so.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+
+/// Longest wait for the last frames of a connection that is being cut.
+const FLUSH_MAX: Duration = Duration::from_millis(500);
+
+/// The share of a certificate's remaining life that may be spent on going away.
+const GOING_AWAY_SHARE: u32 = 4;
+
+/// One connection, as its calls see it.
+pub(super) struct Session {
+    pub(super) inbound: Arc<Inbound>,
+    pub(super) link: Arc<Link>,
+}
+
+type Http2 = Connection<TlsStream<TcpStream>, Bytes>;
+
+/// Serves the connection to its end.
+pub(super) async fn run(inbound: &Arc<Inbound>, link: &LinkGuard, stream: TlsStream<TcpStream>) {
+    let clock = &inbound.shared.clock;
+    let timeout = inbound.shared.config.limits.handshake_timeout;
+    let handshake = tokio::select! {
+        handshake = inbound.limits.server().handshake(stream) => handshake,
+        () = clock.sleep(timeout) => return,
+    };
+    let Ok(http2) = handshake else {
+        tracing::debug!(peer.id = %link.link().peer().id, "inbound HTTP/2 preface refused");
+        return;
+    };
+    let session = Arc::new(Session {
+        inbound: Arc::clone(inbound),
+        link: Arc::clone(link.link()),
+    });
+    session.serve(http2).await;
+}
+
+impl Session {
+    async fn serve(self: &Arc<Self>, mut http2: Http2) {
+        let shared = &self.inbound.shared;
+        let peer = self.link.peer();
+        let mut leave = std::pin::pin!(self.time_to_leave());
+        let mut end = shared.clock.sleep_until(peer.not_after);
+        let mut alive = std::pin::pin!(self.keepalive(&mut http2));
+        let mut leaving = false;
+        loop {
+            tokio::select! {
+                next = http2.accept() => match next {
+                    Some(Ok((request, respond))) => self.begin(request, respond, leaving),
+                    Some(Err(_)) | None => return,
+                },
+                () = &mut leave, if !leaving => {
+                    leaving = true;
+                    http2.graceful_shutdown();
+                }
+                () = &mut end => {
+                    self.link.cut("expired");
+                    return self.close(http2, wire::certificate_ended()).await;
+                }
+                _ = self.link.was_cut() => {
+                    return self.close(http2, wire::certificate_ended()).await;
+                }
+                () = shared.drain.closed() => {
+                    self.link.end_calls(&Ending::Drained);
+                    return self.close(http2, Reason::NO_ERROR).await;
+                }
+                () = &mut alive => return,
+            }
+        }
+    }
+
+    /// Ends when the connection should take no new call: a drain, its certificate's coming end, or
+    /// a long time without any call.
+    async fn time_to_leave(&self) {
+        let shared = &self.inbound.shared;
+        let going_away = self.going_away_at();
+        tokio::select! {
+            () = shared.drain.draining() => {}
+            () = shared.clock.sleep_until(going_away) => {}
+            () = self.unused() => {}
+        }
+    }
+
+    /// `not_after` less the time that a drain takes, or less a share of what is left of a short
+    /// life.
+    fn going_away_at(&self) -> SystemTime {
+        let shared = &self.inbound.shared;
+        let not_after = self.link.peer().not_after;
+        let left = not_after
+            .duration_since(shared.clock.now())
+            .unwrap_or_default();
+        let lead = shared.config.drain_timeout.min(left / GOING_AWAY_SHARE);
+        not_after.checked_sub(lead).unwrap_or(not_after)
+    }
+
+    /// Ends when no call was open and none began for the idle limit; at most twice as late.
+    async fn unused(&self) {
+        let limit = self.inbound.shared.config.limits.connection_idle_timeout;
+        let mut begun = u64::MAX;
+        loop {
+            let now = self.link.begun();
+            if begun == now && self.link.is_idle() {
+                return;
+            }
+            begun = now;
+            self.inbound.shared.clock.sleep(limit).await;
+        }
+    }
+
+    /// Ends when the peer does not answer any more.
+    fn keepalive(&self, http2: &mut Http2) -> impl Future<Output = ()> + use<> {
+        let ping_pong = http2.ping_pong();
+        let clock = Arc::clone(&self.inbound.shared.clock);
+        async move {
+            match ping_pong {
+                Some(ping_pong) => {
+                    keepalive::watch(ping_pong, clock, KEEPALIVE.0, KEEPALIVE.1).await;
+                }
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+        leaving: bool,
+    ) {
+        if leaving {
+            respond.send_reset(Reason::REFUSED_STREAM);
+            return;
+        }
+        let session = Arc::clone(self);
+        let tasks = self.inbound.shared.drain.tasks();
+        tasks.spawn(async move { request::serve(&session, request, respond).await });
+    }
+
+    /// Lets the calls, which have been told to end, say so, then says goodbye with `reason`.
+    async fn close(&self, mut http2: Http2, reason: Reason) {
+        let farewell = async {
+            while !self.link.is_idle() {
+                tokio::select! {
+                    next = http2.accept() => match next {
+                        Some(Ok((_, mut respond))) => respond.send_reset(Reason::REFUSED_STREAM),
+                        Some(Err(_)) | None => return,
+                    },
+                    () = self.link.call_ended() => {}
+                }
+            }
+            http2.graceful_shutdown();
+            flush(&mut http2).await;
+            http2.abrupt_shutdown(reason);
+            while let Some(Ok(_)) = http2.accept().await {}
+        };
+        tokio::select! {
+            () = farewell => {}
+            () = self.inbound.shared.clock.sleep(FLUSH_MAX) => {}
+        }
+    }
+}
+
+/// Writes what is queued, as far as the socket takes it at once.
+async fn flush(http2: &mut Http2) {
+    std::future::poll_fn(|context| {
+        // Pending or not: polling is what writes.
+        drop(http2.poll_closed(context));
+        std::task::Poll::Ready(())
+    })
+    .await;
+}
