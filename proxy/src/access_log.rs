@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
 
 use sidegate_mesh::access_log::Record;
 
@@ -11,6 +12,7 @@ use sidegate_mesh::access_log::Record;
 #[derive(Clone, Debug, Default)]
 pub struct Handle {
     dropped: Arc<AtomicU64>,
+    sink: Option<Sender<Record>>,
 }
 
 impl Handle {
@@ -19,8 +21,22 @@ impl Handle {
         Self::default()
     }
 
+    /// A log whose records `sink` receives as they are: for tests of what is recorded.
+    pub fn to_channel(sink: Sender<Record>) -> Self {
+        Self {
+            sink: Some(sink),
+            ..Self::default()
+        }
+    }
+
     /// Queues `record`, or drops and counts it when there is no room.
-    pub fn record(&self, _record: &Record) {
-        self.dropped.fetch_add(1, Ordering::Relaxed);
+    pub fn record(&self, record: &Record) {
+        let sent = self
+            .sink
+            .as_ref()
+            .is_some_and(|sink| sink.send(record.clone()).is_ok());
+        if !sent {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
