@@ -18,6 +18,7 @@ use h2::Reason;
 use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio_util::sync::DropGuard;
 
 /// Why a body did not end cleanly.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -192,8 +193,10 @@ pub struct RecvBody {
     ended: bool,
     /// From `content-length`, as far as it is known and not yet received.
     remaining: Option<u64>,
+    /// Resets what the call still sends, unless the body ends cleanly first.
+    cancel: Option<DropGuard>,
     /// Held until the body is dropped: the stream's place in the pool, a permit.
-    _held: Option<Box<dyn Any + Send>>,
+    held: Option<Box<dyn Any + Send>>,
 }
 
 impl RecvBody {
@@ -208,15 +211,32 @@ impl RecvBody {
             data_done: false,
             stream,
             remaining,
-            _held: None,
+            cancel: None,
+            held: None,
         }
     }
 
     /// Keeps `held` for as long as the body lives.
     #[must_use]
     pub fn holding(mut self, held: impl Any + Send) -> Self {
-        self._held = Some(Box::new(held));
+        self.held = Some(Box::new(held));
         self
+    }
+
+    /// Lets `cancel` happen when the body is dropped before its clean end, and not after it.
+    #[must_use]
+    pub fn cancelling(mut self, cancel: Option<DropGuard>) -> Self {
+        self.cancel = cancel;
+        if self.ended {
+            self.disarm();
+        }
+        self
+    }
+
+    fn disarm(&mut self) {
+        if let Some(guard) = self.cancel.take() {
+            drop(guard.disarm());
+        }
     }
 
     /// The length is not that of a message: a tunnel, or an answer to HEAD.
@@ -257,10 +277,16 @@ impl HttpBody for RecvBody {
             && let Some(data) = ready!(this.poll_data(cx))
         {
             this.ended = data.is_err();
+            if this.stream.is_end_stream() && data.is_ok() {
+                this.disarm();
+            }
             return Poll::Ready(Some(data.map(Frame::data)));
         }
         let trailers = ready!(this.stream.poll_trailers(cx));
         this.ended = true;
+        if trailers.is_ok() {
+            this.disarm();
+        }
         match trailers {
             Ok(trailers) => Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers)))),
             Err(error) => Poll::Ready(Some(Err(error.into()))),

@@ -7,6 +7,8 @@ use std::time::Duration;
 use h2::Reason;
 use http::{HeaderMap, HeaderName, Version};
 
+use crate::config::LimitsConfig;
+
 pub mod keepalive;
 pub mod send;
 pub mod tunnel;
@@ -29,14 +31,8 @@ pub const WEBSOCKET: &str = "websocket";
 /// `:protocol` of opaque bytes.
 pub const TCP: &str = "sidegate-tcp";
 
-/// Size of the window that one stream's data may fill before it is read.
-pub const STREAM_WINDOW: u32 = 512 * 1024;
-
-/// Size of the window that one connection's data may fill before it is read.
-///
-/// h2 closes a connection whose unread small frames exceed a budget of half this window; with
-/// 16 MiB, thousands of streams may each hold one unread message.
-pub const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// Smallest window of a connection, whatever the configuration says.
+pub const CONNECTION_WINDOW_MIN: u32 = 16 * 1024 * 1024;
 
 /// How far a header list may exceed its limit and still be answered with a 431 that is logged.
 /// Beyond this h2 itself answers 431 and the list is not kept.
@@ -117,6 +113,13 @@ pub struct WireLimits {
     pub headers_max: usize,
     /// Streams that one connection may carry at once.
     pub streams_max: u32,
+    /// What one stream's data may fill before it is read.
+    pub stream_window_bytes: u32,
+    /// What one connection's data may fill before it is read.
+    ///
+    /// h2 closes a connection whose unread small frames exceed a budget of half this window; with
+    /// 16 MiB, thousands of streams may each hold one unread message.
+    pub connection_window_bytes: u32,
 }
 
 impl Default for WireLimits {
@@ -125,6 +128,20 @@ impl Default for WireLimits {
             header_list_bytes_max: 64 * 1024,
             headers_max: 100,
             streams_max: 1024,
+            stream_window_bytes: 1024 * 1024,
+            connection_window_bytes: CONNECTION_WINDOW_MIN,
+        }
+    }
+}
+
+impl From<&LimitsConfig> for WireLimits {
+    fn from(limits: &LimitsConfig) -> Self {
+        Self {
+            header_list_bytes_max: limits.head_bytes_max,
+            headers_max: usize::try_from(limits.headers_max).unwrap_or(usize::MAX),
+            streams_max: limits.streams_per_connection_max,
+            stream_window_bytes: limits.stream_window_bytes,
+            connection_window_bytes: limits.connection_window_bytes.max(CONNECTION_WINDOW_MIN),
         }
     }
 }
@@ -142,8 +159,8 @@ impl WireLimits {
     pub fn server(&self) -> h2::server::Builder {
         let mut builder = h2::server::Builder::new();
         builder
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_window_size(self.stream_window_bytes)
+            .initial_connection_window_size(self.connection_window_bytes)
             .max_header_list_size(self.header_list_bytes_max.saturating_add(HEADER_LIST_SLACK))
             .header_table_size(HEADER_TABLE_SIZE)
             .max_concurrent_streams(self.streams_max)
@@ -155,8 +172,8 @@ impl WireLimits {
     pub fn client(&self) -> h2::client::Builder {
         let mut builder = h2::client::Builder::new();
         builder
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_window_size(self.stream_window_bytes)
+            .initial_connection_window_size(self.connection_window_bytes)
             .max_header_list_size(self.header_list_bytes_max.saturating_add(HEADER_LIST_SLACK))
             .header_table_size(HEADER_TABLE_SIZE)
             .enable_push(false)
@@ -196,7 +213,7 @@ mod tests {
         let limits = WireLimits {
             header_list_bytes_max: 100,
             headers_max: 2,
-            streams_max: 1,
+            ..WireLimits::default()
         };
         let mut headers = HeaderMap::new();
         headers.insert("a", HeaderValue::from_static("b"));
