@@ -7,6 +7,7 @@ pub mod body;
 pub mod call;
 pub mod config;
 pub mod connections;
+pub mod detect;
 pub mod drain;
 pub mod error;
 pub mod headers;

@@ -1,0 +1,247 @@
+//! What a connection speaks, from its first bytes.
+//!
+//! Invariant: nothing is guessed. A connection is HTTP/2 only with the whole 24-byte preface, and
+//! HTTP/1 only when it begins like a method; the bytes that were read come first again.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use sidegate_mesh::Clock;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+
+/// What every HTTP/2 client sends first.
+pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// First byte of a TLS handshake record.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// What a connection speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detected {
+    /// HTTP/2 with prior knowledge.
+    Http2,
+    /// HTTP/1, or what begins like it.
+    Http1,
+    /// TLS.
+    Tls,
+    /// Bytes that are none of these.
+    Other,
+    /// Nothing came in time.
+    Silent,
+    /// Closed without a byte.
+    Closed,
+}
+
+/// Reads until it is clear what `io` speaks, at most for `timeout`.
+///
+/// # Errors
+///
+/// That of the connection.
+pub async fn protocol<IO>(
+    mut io: IO,
+    clock: &dyn Clock,
+    timeout: Duration,
+) -> io::Result<(Detected, Prefixed<IO>)>
+where
+    IO: AsyncRead + Unpin,
+{
+    let mut bytes = BytesMut::with_capacity(PREFACE.len());
+    let mut expired = clock.sleep(timeout);
+    let detected = loop {
+        let read = tokio::select! {
+            read = io.read_buf(&mut bytes) => read?,
+            () = &mut expired => break after_silence(&bytes),
+        };
+        if let Some(detected) = classify(&bytes) {
+            break detected;
+        }
+        if read == 0 {
+            break if bytes.is_empty() {
+                Detected::Closed
+            } else {
+                Detected::Other
+            };
+        }
+    };
+    Ok((detected, Prefixed::new(bytes.freeze(), io)))
+}
+
+/// A cut-off preface is no protocol; `P` alone may be the begin of a slow HTTP/1 head.
+fn after_silence(bytes: &[u8]) -> Detected {
+    if bytes.is_empty() {
+        Detected::Silent
+    } else {
+        Detected::Http1
+    }
+}
+
+/// What `bytes` are; `None` while they may still become an HTTP/2 preface.
+fn classify(bytes: &[u8]) -> Option<Detected> {
+    let first = *bytes.first()?;
+    if bytes.starts_with(PREFACE) {
+        return Some(Detected::Http2);
+    }
+    if PREFACE.starts_with(bytes) {
+        return None;
+    }
+    Some(match first {
+        TLS_HANDSHAKE => Detected::Tls,
+        // A method is a token; what is not quite one is refused, with an answer, by the guard.
+        byte if byte.is_ascii_graphic() => Detected::Http1,
+        b'\r' | b'\n' | b' ' | b'\t' => Detected::Http1,
+        _ => Detected::Other,
+    })
+}
+
+/// A connection whose first bytes have already been read.
+#[derive(Debug)]
+pub struct Prefixed<IO> {
+    prefix: Bytes,
+    io: IO,
+}
+
+impl<IO> Prefixed<IO> {
+    /// `prefix` is read before anything of `io`.
+    pub fn new(prefix: Bytes, io: IO) -> Self {
+        Self { prefix, io }
+    }
+
+    /// The bytes that were read and not yet read again, and the connection.
+    pub fn into_parts(self) -> (Bytes, IO) {
+        (self.prefix, self.io)
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Prefixed<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.prefix.is_empty() {
+            return Pin::new(&mut self.io).poll_read(cx, buffer);
+        }
+        let length = self.prefix.len().min(buffer.remaining());
+        buffer.put_slice(self.prefix.get(..length).unwrap_or_default());
+        self.prefix.advance(length);
+        if self.prefix.is_empty() {
+            // Gives the shared memory back.
+            self.prefix = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Prefixed<IO> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use sidegate_mesh::ManualClock;
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[track_caller]
+    fn check(bytes: &[u8], expected: Option<Detected>) {
+        assert_eq!(classify(bytes), expected, "{}", bytes.escape_ascii());
+    }
+
+    #[test]
+    fn only_the_whole_preface_is_http2() {
+        check(PREFACE, Some(Detected::Http2));
+        check(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0",
+            Some(Detected::Http2),
+        );
+        for length in 1..PREFACE.len() {
+            check(&PREFACE[..length], None);
+        }
+        check(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\rX", Some(Detected::Http1));
+        check(b"PUT /", Some(Detected::Http1));
+    }
+
+    #[test]
+    fn what_is_not_http_is_not_taken_for_it() {
+        check(b"\x16\x03\x01", Some(Detected::Tls));
+        check(b"\0", Some(Detected::Other));
+        check(b"\xff", Some(Detected::Other));
+        check(b"", None);
+    }
+
+    async fn detect(parts: &[&[u8]], close: bool) -> (Detected, Vec<u8>) {
+        let clock = ManualClock::new(SystemTime::UNIX_EPOCH);
+        let (mut client, server) = tokio::io::duplex(64);
+        let send = async {
+            for part in parts {
+                client.write_all(part).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+            if close {
+                client.shutdown().await.unwrap();
+            }
+        };
+        let detect = protocol(server, &clock, Duration::from_secs(1));
+        let ((), detected) = tokio::join!(send, detect);
+        let (detected, mut io) = detected.unwrap();
+        client.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        io.read_to_end(&mut rest).await.unwrap();
+        (detected, rest)
+    }
+
+    #[tokio::test]
+    async fn the_bytes_that_were_looked_at_come_first_again() {
+        let (detected, rest) =
+            detect(&[b"PRI * HT", b"TP/2.0\r\n\r\n", b"SM\r\n\r\nrest"], false).await;
+        assert_eq!(detected, Detected::Http2);
+        assert_eq!(rest, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nrest");
+        let (detected, rest) = detect(&[b"P", b"OST / HTTP/1.1\r\n"], false).await;
+        assert_eq!(detected, Detected::Http1);
+        assert_eq!(rest, b"POST / HTTP/1.1\r\n");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_says_nothing_is_told_apart_from_one_that_was_closed() {
+        assert_eq!(detect(&[], true).await.0, Detected::Closed);
+        assert_eq!(detect(&[b"PRI"], true).await.0, Detected::Other);
+        let clock = ManualClock::new(SystemTime::UNIX_EPOCH);
+        let (_client, server) = tokio::io::duplex(64);
+        let mut detect = std::pin::pin!(protocol(server, &clock, Duration::from_secs(1)));
+        assert!(futures_util::poll!(detect.as_mut()).is_pending());
+        clock.advance(Duration::from_secs(1));
+        assert_eq!(detect.await.unwrap().0, Detected::Silent);
+    }
+}
