@@ -3,6 +3,7 @@
 pub mod access_log;
 pub mod application;
 pub mod authorize;
+pub mod balance;
 pub mod body;
 pub mod call;
 pub mod config;
@@ -15,6 +16,7 @@ pub mod http1;
 pub mod inbound;
 pub mod limits;
 pub mod metrics;
+pub mod retry;
 pub mod shared;
 pub mod state;
 pub mod wire;

@@ -8,6 +8,7 @@ use sidegate_mesh::{Clock, Workload};
 use sidegate_mtls::CredentialStore;
 
 use crate::access_log;
+use crate::balance::Services;
 use crate::config::Config;
 use crate::connections::Connections;
 use crate::drain::Drain;
@@ -37,6 +38,8 @@ pub struct Shared {
     pub drain: Drain,
     /// What is open now.
     pub connections: Connections,
+    /// What is known of the services that are called.
+    pub services: Services,
 }
 
 impl std::fmt::Debug for Shared {
