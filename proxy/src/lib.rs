@@ -16,6 +16,7 @@ pub mod http1;
 pub mod inbound;
 pub mod limits;
 pub mod metrics;
+pub mod pool;
 pub mod retry;
 pub mod shared;
 pub mod state;
