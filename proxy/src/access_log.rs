@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 
 use sidegate_mesh::access_log::Record;
+use tokio::sync::mpsc;
 
 /// Where calls are recorded. Cheap to clone; one for each worker.
 #[derive(Clone, Debug, Default)]
 pub struct Handle {
     dropped: Arc<AtomicU64>,
     sink: Option<Sender<Record>>,
+    collector: Option<mpsc::UnboundedSender<Record>>,
 }
 
 impl Handle {
@@ -29,12 +31,20 @@ impl Handle {
         }
     }
 
+    /// A log that hands every record to `collector` instead of writing it: for tests.
+    pub fn collecting(collector: mpsc::UnboundedSender<Record>) -> Self {
+        Self {
+            collector: Some(collector),
+            ..Self::default()
+        }
+    }
+
     /// Queues `record`, or drops and counts it when there is no room.
     pub fn record(&self, record: &Record) {
-        let sent = self
-            .sink
-            .as_ref()
-            .is_some_and(|sink| sink.send(record.clone()).is_ok());
+        let sink = self.sink.as_ref();
+        let collector = self.collector.as_ref();
+        let sent = sink.is_some_and(|sink| sink.send(record.clone()).is_ok())
+            || collector.is_some_and(|collector| collector.send(record.clone()).is_ok());
         if !sent {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }

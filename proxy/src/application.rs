@@ -157,12 +157,7 @@ pub fn informational() -> (mpsc::Sender<Informational>, mpsc::Receiver<Informati
 
 /// The bounds of every HTTP/2 connection of this sidecar.
 pub fn wire_limits(shared: &Shared) -> WireLimits {
-    let limits = &shared.config.limits;
-    WireLimits {
-        header_list_bytes_max: limits.head_bytes_max,
-        headers_max: usize::try_from(limits.headers_max).unwrap_or(usize::MAX),
-        streams_max: limits.streams_per_connection_max,
-    }
+    WireLimits::from(&shared.config.limits)
 }
 
 /// Opens connections within the bound on all of them.

@@ -1,0 +1,455 @@
+//! The outbound half: from the application beside this sidecar to another sidecar.
+//!
+//! The application speaks HTTP/1.1, HTTP/2 with prior knowledge, or opaque bytes on a port bound to
+//! one service. Where a request goes is said by its authority, or by that port.
+//!
+//! Invariants: nothing leaves this process but over mutual TLS to an endpoint whose identity the
+//! snapshot names; one snapshot routes a request; bodies are streamed; each call leaves one record.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::{Request, Response};
+use hyper::upgrade::OnUpgrade;
+use sidegate_mesh::access_log::Direction;
+use sidegate_mesh::host::{Authority, ServiceName};
+use sidegate_mesh::routes::{PortProtocol, Route, Routes};
+use sidegate_mesh::{Clock, Verdict};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::balance::Target;
+use crate::body::Body;
+use crate::call::Call;
+use crate::config::ServicePort;
+use crate::detect::{self, Detected};
+use crate::error::RequestError;
+use crate::forward::{self, Answer, Forwarded, Interim, Outgoing, Start};
+use crate::headers::{self, Head, Kind, Sender};
+use crate::http1::{GuardLimits, UpgradeGate};
+use crate::limits::Permit;
+use crate::pool::Pool;
+use crate::shared::Shared;
+use crate::stack::{self, OutboundStack};
+use crate::wire::WireLimits;
+use crate::wire::tunnel::{Abort, Abortable};
+
+pub mod deadline;
+pub mod replay;
+
+mod http1;
+mod http2;
+mod respond;
+mod tcp;
+
+use replay::Replay;
+use respond::Exchange;
+
+/// How long a connection to a port of unknown protocol may stay silent before it is taken for one
+/// on which the server speaks first.
+const SILENCE: Duration = Duration::from_millis(500);
+
+/// Pause after the system could not accept a connection, for example for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// One worker's outbound half.
+pub struct Outbound {
+    shared: Arc<Shared>,
+    pool: Arc<Pool>,
+    stack: OutboundStack,
+    wire: WireLimits,
+    guard: GuardLimits,
+}
+
+/// A port that is bound to one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BoundService {
+    /// The service.
+    pub name: ServiceName,
+    /// Its port.
+    pub port: u16,
+}
+
+impl From<&ServicePort> for BoundService {
+    fn from(service: &ServicePort) -> Self {
+        let name = ServiceName {
+            namespace: service.namespace.clone(),
+            name: service.name.clone(),
+        };
+        Self {
+            name,
+            port: service.port,
+        }
+    }
+}
+
+/// Where a request came from, and what its connection can do.
+pub(crate) struct Caller {
+    address: SocketAddr,
+    bound: Option<Arc<BoundService>>,
+    interim: Option<Arc<dyn Interim>>,
+    upgrade: Option<(OnUpgrade, UpgradeGate)>,
+    abort: Abort,
+}
+
+impl Outbound {
+    /// The outbound half of one worker, with no connection yet.
+    pub fn new(shared: Arc<Shared>) -> Arc<Self> {
+        let limits = &shared.config.limits;
+        let wire = WireLimits::from(limits);
+        let guard = GuardLimits {
+            head_bytes_max: usize::try_from(limits.head_bytes_max).unwrap_or(usize::MAX),
+            headers_max: usize::try_from(limits.headers_max).unwrap_or(usize::MAX),
+            head_timeout: limits.head_timeout,
+        };
+        let pool = Pool::new(Arc::clone(&shared), wire);
+        let stack = stack::outbound(Arc::clone(&pool), Arc::clone(&shared.clock));
+        Arc::new(Self {
+            shared,
+            pool,
+            stack,
+            wire,
+            guard,
+        })
+    }
+
+    /// This worker's connections to other sidecars.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Serves the application's connections to `listener` until a drain's grace period has ended and
+    /// the accept queue is empty. Calls go on in tasks of the drain.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, bound: Option<BoundService>) {
+        let bound = bound.map(Arc::new);
+        loop {
+            tokio::select! {
+                biased;
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, address)) => self.accept(stream, address, bound.clone()),
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept an outbound connection");
+                        self.shared.clock.sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                // Polled second: what waits in the queue is taken first.
+                () = self.shared.drain.accept_until() => return,
+            }
+        }
+    }
+
+    fn accept(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        address: SocketAddr,
+        bound: Option<Arc<BoundService>>,
+    ) {
+        let Some(permit) = self.shared.limits.outbound_connections.try_acquire() else {
+            // Closed at once, and counted by the limit.
+            return;
+        };
+        let this = Arc::clone(self);
+        let tasks = self.shared.drain.tasks();
+        tasks.spawn(async move {
+            let open = this.shared.metrics.connections_open(Direction::Outbound);
+            open.inc();
+            tokio::select! {
+                () = this.serve_connection(stream, address, bound) => {}
+                () = this.shared.drain.deadline() => {}
+            }
+            open.dec();
+            drop(permit);
+        });
+    }
+
+    async fn serve_connection(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        address: SocketAddr,
+        bound: Option<Arc<BoundService>>,
+    ) {
+        // Without it small writes wait for acknowledgements; a failure shows at the first write.
+        drop(stream.set_nodelay(true));
+        let stream = Abortable::new(stream);
+        let abort = stream.abort();
+        let connection = Connection {
+            address,
+            bound,
+            abort,
+        };
+        let protocol = connection
+            .bound
+            .as_deref()
+            .map(|bound| self.protocol_of(bound));
+        if protocol == Some(PortProtocol::Tcp) {
+            return self
+                .serve_tcp(
+                    detect::Prefixed::new(bytes::Bytes::new(), stream),
+                    connection,
+                )
+                .await;
+        }
+        let opaque = protocol == Some(PortProtocol::Auto);
+        let patience = if opaque {
+            SILENCE
+        } else {
+            self.guard.head_timeout
+        };
+        let detected = detect::protocol(stream, &*self.shared.clock, patience).await;
+        let Ok((detected, stream)) = detected else {
+            return;
+        };
+        match detected {
+            Detected::Http2 => self.serve_http2(stream, connection).await,
+            Detected::Http1 => self.serve_http1(stream, connection).await,
+            Detected::Tls | Detected::Other | Detected::Silent if opaque => {
+                self.serve_tcp(stream, connection).await;
+            }
+            Detected::Silent | Detected::Closed => {}
+            Detected::Tls => self.refuse(&connection, "tls"),
+            Detected::Other => self.refuse(&connection, "unknown_protocol"),
+        }
+    }
+
+    /// What the service of a bound port speaks; `Auto` while it is not known.
+    fn protocol_of(&self, bound: &BoundService) -> PortProtocol {
+        let snapshot = self.shared.state.current();
+        let route = snapshot
+            .as_ref()
+            .and_then(|snapshot| snapshot.routes.service(&bound.name, bound.port));
+        route.map_or(PortProtocol::Auto, |route| route.protocol)
+    }
+
+    /// A connection that speaks nothing that goes anywhere: it is closed, and on record.
+    fn refuse(&self, connection: &Connection, reason: &'static str) {
+        let mut call = self.begin(connection.address);
+        call.fail(&RequestError::BadRequest { reason });
+        call.finish();
+    }
+
+    fn begin(&self, address: SocketAddr) -> Call {
+        let mut call = Call::start(&self.shared, Direction::Outbound);
+        call.from_address(address);
+        call.between(Some(&self.shared.workload.id), None);
+        call
+    }
+
+    /// One request of the application, from its head to the head of its response.
+    pub(crate) async fn handle_request(
+        self: &Arc<Self>,
+        request: Request<Body>,
+        mut caller: Caller,
+    ) -> Response<Body> {
+        let mut call = self.begin(caller.address);
+        let (parts, body) = request.into_parts();
+        let grpc = parts
+            .headers
+            .get("content-type")
+            .is_some_and(headers::is_grpc_type);
+        match self.forward(&mut call, parts, body, &mut caller).await {
+            Ok(exchange) => exchange.respond(call, caller),
+            Err(error) => respond::refusal(call, &error, grpc),
+        }
+    }
+
+    async fn forward(
+        self: &Arc<Self>,
+        call: &mut Call,
+        parts: http::request::Parts,
+        body: Body,
+        caller: &mut Caller,
+    ) -> Result<Exchange, RequestError> {
+        let permit = self.admit()?;
+        let refused = (parts.method.clone(), parts.uri.path().to_owned());
+        let head = headers::sanitize(parts, Sender::Application, &self.wire)
+            .inspect_err(|_| call.describe_refused(refused.0.as_str(), &refused.1))?;
+        call.describe(&head);
+        if head.kind != Kind::WebSocket {
+            // Any other upgrade is ignored, and requests may follow.
+            caller.upgrade = None;
+        }
+        let snapshot = self.shared.state.current().ok_or(RequestError::NotReady)?;
+        call.record().snapshot = Some(snapshot.number);
+        let (head, route) = select(&snapshot.routes, head, caller.bound.as_deref())?;
+        call.record().destination_service = Some(Arc::clone(&route.service));
+        call.record().authority = head.authority.as_ref().map(ToString::to_string);
+        let target = self.shared.services.target(route);
+        let body = respond::counted(body, call.counters());
+        let outgoing = Arc::new(self.outgoing(&head, &target, body, caller)?);
+        let answer = self.call(call, &outgoing, &target).await?;
+        Ok(Exchange {
+            answer,
+            outgoing,
+            head,
+            permit,
+            outbound: Arc::clone(self),
+        })
+    }
+
+    fn admit(&self) -> Result<Permit, RequestError> {
+        let permit = self
+            .shared
+            .limits
+            .in_flight(Direction::Outbound)
+            .try_acquire();
+        permit.ok_or(RequestError::Overloaded {
+            bound: "outboundRequestsMax",
+        })
+    }
+
+    /// What each try sends.
+    fn outgoing(
+        &self,
+        head: &Head,
+        target: &Target,
+        body: Body,
+        caller: &Caller,
+    ) -> Result<Outgoing, RequestError> {
+        let tunnel = head.kind == Kind::WebSocket;
+        let has_body = match caller.upgrade {
+            // The upgraded connection is carried by a tunnel of its own.
+            Some(_) if tunnel => false,
+            _ => !http_body::Body::is_end_stream(&body),
+        };
+        Ok(Outgoing {
+            head: head.to_wire(Some(target.route.target_port))?,
+            method: head.method.clone(),
+            grpc: head
+                .path
+                .grpc()
+                .filter(|_| head.is_grpc())
+                .map(|(service, method)| format!("{service}/{method}")),
+            body: has_body.then(|| Replay::new(body)),
+            start: if tunnel {
+                Start::AfterSuccess
+            } else if head.expects_continue {
+                Start::AfterContinue
+            } else {
+                Start::Now
+            },
+            interim: caller.interim.clone(),
+            deadline: deadline::read(&head.headers)
+                .filter(|_| head.is_grpc())
+                .map(|patience| self.shared.clock.now() + patience),
+            body_idle: self.shared.config.limits.request_body_idle_timeout,
+            caller_failed: std::sync::OnceLock::new(),
+        })
+    }
+
+    /// Sends it, within the service's timeout and the caller's patience, and notes who answered.
+    async fn call(
+        &self,
+        call: &mut Call,
+        outgoing: &Arc<Outgoing>,
+        target: &Target,
+    ) -> Result<Answer, RequestError> {
+        call.forwarded();
+        let clock = &*self.shared.clock;
+        let limit = Patience::of(clock, target.route.traffic.timeout, outgoing.deadline);
+        let tried = forward::with_retry(&self.stack, clock, outgoing, target);
+        let Forwarded {
+            outcome,
+            tries,
+            last,
+        } = tokio::select! {
+            forwarded = tried => forwarded,
+            error = limit.run_out(clock) => return Err(error),
+        };
+        let record = call.record();
+        record.attempts = (tries > 1).then_some(tries);
+        let endpoint = last.and_then(|index| target.endpoint(index));
+        record.destination_address = endpoint.map(|endpoint| endpoint.address.to_string());
+        let answer = outcome?;
+        let peer = answer.held.slot.peer();
+        record.tls_version = Some(peer.tls_version);
+        record.destination = Some(Arc::clone(peer.id.text()));
+        Ok(answer)
+    }
+}
+
+/// An application's connection.
+struct Connection {
+    address: SocketAddr,
+    bound: Option<Arc<BoundService>>,
+    abort: Abort,
+}
+
+/// Where a request goes: to its port's service, or to that of its authority.
+///
+/// On a bound port the authority becomes the service's own name, since what the application wrote
+/// there is an address of this machine.
+fn select(
+    routes: &Routes,
+    mut head: Head,
+    bound: Option<&BoundService>,
+) -> Result<(Head, Arc<Route>), RequestError> {
+    let route = if let Some(bound) = bound {
+        head.authority = Authority::parse(&authority_of(bound)).ok();
+        routes.service(&bound.name, bound.port)
+    } else {
+        let authority = head.authority.as_ref();
+        let missing = RequestError::BadRequest {
+            reason: "host_missing",
+        };
+        routes.resolve(authority.ok_or(missing)?)
+    };
+    let route = Arc::clone(route.ok_or(RequestError::DestinationUnknown)?);
+    if route.protocol == PortProtocol::Tcp {
+        return Err(RequestError::NotCarried { reason: "http" });
+    }
+    Ok((head, route))
+}
+
+fn authority_of(bound: &BoundService) -> String {
+    match bound.port {
+        80 => bound.name.to_string(),
+        port => format!("{}:{port}", bound.name),
+    }
+}
+
+/// How long a call may wait for its response's head.
+struct Patience {
+    until: Option<SystemTime>,
+    after_ms: u64,
+}
+
+impl Patience {
+    /// The shorter of the service's timeout and what the caller's `grpc-timeout` leaves.
+    fn of(clock: &dyn Clock, timeout: Option<Duration>, deadline: Option<SystemTime>) -> Self {
+        let now = clock.now();
+        let until = match (timeout.map(|timeout| now + timeout), deadline) {
+            (Some(timeout), Some(deadline)) => Some(timeout.min(deadline)),
+            (timeout, deadline) => timeout.or(deadline),
+        };
+        let after = until
+            .and_then(|until| until.duration_since(now).ok())
+            .unwrap_or_default();
+        let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        Self { until, after_ms }
+    }
+
+    async fn run_out(&self, clock: &dyn Clock) -> RequestError {
+        match self.until {
+            Some(until) => clock.sleep_until(until).await,
+            None => std::future::pending().await,
+        }
+        RequestError::Timeout {
+            after_ms: self.after_ms,
+        }
+    }
+}
+
+/// Notes what another sidecar's refusal says.
+fn note_refusal(call: &mut Call, head: &http::response::Parts) {
+    let text = |name| {
+        let value: &http::HeaderValue = head.headers.get(name)?;
+        value.to_str().ok().map(str::to_owned)
+    };
+    if let Some(id) = text(crate::wire::DECISION) {
+        call.record().decision = Some(Verdict::Deny);
+        call.record().decision_id = Some(id);
+    }
+    if head.headers.contains_key(crate::wire::ERROR) {
+        call.record().flags.push("upstream_sidecar");
+    }
+}

@@ -1,0 +1,231 @@
+//! Bytes: opaque TCP on a port bound to one service, and a WebSocket after its 101.
+//!
+//! Invariants: the destination is the port's own service; nothing of the application's bytes leaves
+//! before the other sidecar has accepted the tunnel; an application whose tunnel failed sees a
+//! reset, never a clean end.
+
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+use http::{Method, Request, StatusCode, Uri, Version};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use sidegate_mesh::access_log::Protocol;
+
+use super::{BoundService, Connection, Outbound, note_refusal};
+use crate::call::Call;
+use crate::detect::Prefixed;
+use crate::error::RequestError;
+use crate::forward::{Answer, Held, Outgoing, Start};
+use crate::limits::Permit;
+use crate::wire;
+use crate::wire::tunnel::{Abort, Abortable, TunnelBytes, TunnelEnd, TunnelIdle, TunnelIo, carry};
+
+/// A WebSocket whose 101 is on its way to the application.
+pub(super) struct Upgraded {
+    pub(super) io: OnUpgrade,
+    pub(super) abort: Abort,
+    pub(super) send: SendStream<Bytes>,
+    pub(super) recv: RecvStream,
+}
+
+impl Outbound {
+    /// Carries an opaque connection to the service of its port.
+    pub(super) async fn serve_tcp(
+        self: &Arc<Self>,
+        io: Prefixed<Abortable>,
+        connection: Connection,
+    ) {
+        let Some(bound) = connection.bound.as_deref() else {
+            return;
+        };
+        let mut call = self.begin(connection.address);
+        call.record().protocol = Protocol::Tcp;
+        // Until the tunnel has ended well, whatever closes the connection resets it.
+        connection.abort.arm();
+        match self.open_tunnel(&mut call, bound).await {
+            Ok((answer, _permit)) => {
+                let Answer {
+                    send,
+                    recv,
+                    held: _held,
+                    ..
+                } = answer;
+                let Some(send) = send else {
+                    return fail(call, &RequestError::NotCarried { reason: "opaque" });
+                };
+                let (leading, io) = io.into_parts();
+                let tunnel = TunnelIo {
+                    io,
+                    leading,
+                    abort: connection.abort,
+                };
+                self.carry(tunnel, send, recv, call).await;
+            }
+            Err(error) => fail(call, &error),
+        }
+    }
+
+    async fn open_tunnel(
+        &self,
+        call: &mut Call,
+        bound: &BoundService,
+    ) -> Result<(Answer, Permit), RequestError> {
+        let permit = self.admit()?;
+        let snapshot = self.shared.state.current().ok_or(RequestError::NotReady)?;
+        call.record().snapshot = Some(snapshot.number);
+        let route = snapshot.routes.service(&bound.name, bound.port);
+        let route = Arc::clone(route.ok_or(RequestError::DestinationUnknown)?);
+        call.record().destination_service = Some(Arc::clone(&route.service));
+        let head = connect(&route.service, route.target_port)?;
+        let outgoing = Arc::new(Outgoing {
+            head,
+            method: Method::CONNECT,
+            grpc: None,
+            body: None,
+            start: Start::AfterSuccess,
+            interim: None,
+            deadline: None,
+            body_idle: self.shared.config.limits.request_body_idle_timeout,
+            caller_failed: OnceLock::new(),
+        });
+        let target = self.shared.services.target(route);
+        let answer = self.call(call, &outgoing, &target).await?;
+        note_refusal(call, &answer.head);
+        match answer.head.status {
+            status if status.is_success() => Ok((answer, permit)),
+            StatusCode::FORBIDDEN => Err(RequestError::DeniedByPeer),
+            status => Err(RequestError::UpstreamReset {
+                reason: None,
+                detail: format!("the tunnel was refused with {}", status.as_u16()),
+            }),
+        }
+    }
+
+    /// Waits for the application to have its 101, then carries bytes.
+    pub(super) async fn carry_upgraded(
+        self: Arc<Self>,
+        tunnel: Upgraded,
+        call: Call,
+        held: (Held, Permit),
+    ) {
+        let Upgraded {
+            io,
+            abort,
+            mut send,
+            recv,
+        } = tunnel;
+        let Ok(io) = io.await else {
+            send.send_reset(h2::Reason::CANCEL);
+            return fail(call, &RequestError::PeerReset { reason: None });
+        };
+        let tunnel = TunnelIo {
+            io: TokioIo::new(io),
+            leading: Bytes::new(),
+            abort,
+        };
+        tokio::select! {
+            () = self.carry(tunnel, send, recv, call) => {}
+            () = self.shared.drain.deadline() => {}
+        }
+        drop(held);
+    }
+
+    async fn carry<IO>(
+        &self,
+        tunnel: TunnelIo<IO>,
+        mut send: SendStream<Bytes>,
+        recv: RecvStream,
+        call: Call,
+    ) where
+        IO: tokio::io::AsyncRead + tokio::io::AsyncWrite,
+    {
+        let mut carried = Carried {
+            call: Some(call),
+            bytes: TunnelBytes::default(),
+        };
+        let idle = TunnelIdle {
+            limit: self.shared.config.limits.stream_idle_timeout,
+            clock: Arc::clone(&self.shared.clock),
+        };
+        let end = carry(tunnel, &mut send, recv, &carried.bytes, &idle).await;
+        carried.ended(&end);
+    }
+}
+
+/// The head of an opaque tunnel. Its authority is for the eye: the other side does not choose by it.
+fn connect(service: &str, port: u16) -> Result<Request<()>, RequestError> {
+    let uri = Uri::builder()
+        .scheme("http")
+        .authority(service)
+        .path_and_query("/")
+        .build();
+    let Ok(uri) = uri else {
+        return Err(RequestError::BadRequest { reason: "target" });
+    };
+    let mut request = Request::new(());
+    *request.method_mut() = Method::CONNECT;
+    *request.version_mut() = Version::HTTP_2;
+    *request.uri_mut() = uri;
+    request.headers_mut().insert(wire::PORT, port.into());
+    request
+        .extensions_mut()
+        .insert(h2::ext::Protocol::from_static(wire::TCP));
+    Ok(request)
+}
+
+fn fail(mut call: Call, error: &RequestError) {
+    call.fail(error);
+    call.finish();
+}
+
+/// A tunnel's record, with the bytes that it carried, however it ends.
+struct Carried {
+    call: Option<Call>,
+    bytes: TunnelBytes,
+}
+
+impl Carried {
+    fn ended(&mut self, end: &TunnelEnd) {
+        let error = match end {
+            TunnelEnd::Clean => None,
+            TunnelEnd::PeerReset(reason) => Some(RequestError::UpstreamReset {
+                reason: *reason,
+                detail: reason.map_or_else(
+                    || "the connection was lost".to_owned(),
+                    crate::error::reason_words,
+                ),
+            }),
+            TunnelEnd::Aborted(_) => Some(RequestError::PeerReset { reason: None }),
+            TunnelEnd::Idle => Some(RequestError::Idle),
+        };
+        if let Some(mut call) = self.take() {
+            if let Some(error) = error {
+                call.fail(&error);
+            }
+            call.finish();
+        }
+    }
+
+    fn take(&mut self) -> Option<Call> {
+        let call = self.call.take()?;
+        let count = |bytes: &std::sync::atomic::AtomicU64| bytes.load(Ordering::Relaxed);
+        let counters = call.counters();
+        counters
+            .request
+            .store(count(&self.bytes.to_wire), Ordering::Relaxed);
+        counters
+            .response
+            .store(count(&self.bytes.from_wire), Ordering::Relaxed);
+        Some(call)
+    }
+}
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        drop(self.take());
+    }
+}
