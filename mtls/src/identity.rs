@@ -208,6 +208,7 @@ impl WorkloadIdentity {
             trust: Mutex::new(trust),
             status: Arc::clone(&status),
             renew_now: Notify::new(),
+            tracker: tracker.clone(),
         });
         engine.publish_kept_svid()?;
         let (renewing, following) = (Arc::clone(&engine), engine);
@@ -281,6 +282,8 @@ struct Engine {
     trust: Mutex<Trust>,
     status: Arc<IdentityStatus>,
     renew_now: Notify,
+    /// A write that has begun is waited for at shutdown, so that the folder is free afterwards.
+    tracker: TaskTracker,
 }
 
 impl Engine {
@@ -439,7 +442,8 @@ impl Engine {
         let key = WorkloadKey::generate()?;
         if let Some(state) = &self.state {
             let (state, kept) = (Arc::clone(state), key.clone());
-            blocking(move || state.store_pending_key(&kept)).await?;
+            self.blocking(move || state.store_pending_key(&kept))
+                .await?;
         }
         Ok(key)
     }
@@ -583,9 +587,22 @@ impl Engine {
         let Some(state) = self.state.clone() else {
             return;
         };
-        if let Err(error) = blocking(move || write(&state)).await {
+        if let Err(error) = self.blocking(move || write(&state)).await {
             self.status.state_errors.fetch_add(1, Ordering::Relaxed);
             error!(error = %chain_of(&error), "state folder could not be written");
+        }
+    }
+
+    async fn blocking(
+        &self,
+        write: impl FnOnce() -> Result<(), StateError> + Send + 'static,
+    ) -> Result<(), StateError> {
+        match self.tracker.spawn_blocking(write).await {
+            Ok(result) => result,
+            Err(error) => Err(StateError::Io {
+                path: self.config.state_dir.clone().unwrap_or_default(),
+                source: std::io::Error::other(error),
+            }),
         }
     }
 }
@@ -602,18 +619,6 @@ fn acknowledge(stream: &BundleStream, acknowledgement: Acknowledgement) -> Resul
         .acknowledgements
         .try_send(acknowledgement)
         .map_err(|_full_or_closed| IssueError::Failed("acknowledgements are not taken".into()))
-}
-
-async fn blocking(
-    write: impl FnOnce() -> Result<(), StateError> + Send + 'static,
-) -> Result<(), StateError> {
-    match tokio::task::spawn_blocking(write).await {
-        Ok(result) => result,
-        Err(error) => Err(StateError::Io {
-            path: PathBuf::new(),
-            source: std::io::Error::other(error),
-        }),
-    }
 }
 
 /// An error with all of its sources, on one line.

@@ -186,7 +186,7 @@ pub struct IssuerState {
     pub requests: Vec<(Vec<u8>, Option<String>)>,
     pub acknowledgements: Vec<Acknowledgement>,
     /// Keys already certified for a parent; another key freezes the lineage.
-    lineage: HashMap<Option<String>, Vec<u8>>,
+    pub lineage: HashMap<Option<String>, Vec<u8>>,
     pub frozen: bool,
     serial: u64,
 }
