@@ -1,13 +1,28 @@
-//! The access-log record: one call, as it is written down.
+//! The access-log record: one call, as it is written down and read again.
 //!
 //! Invariant: a field that is unknown is absent, never null. The field names are part of the
-//! interface; they change only by adding.
+//! interface; they change only by adding. A written line is one line of ASCII-controlled JSON: no
+//! text that a peer chose can end it, hide it, colour it or turn its direction.
+
+mod escape;
+mod line;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::decision::Verdict;
+
+pub use escape::{escape, is_unsafe};
+pub use line::Line;
+
+/// Longest path that is written, in bytes.
+pub const PATH_BYTES_MAX: usize = 2048;
+/// Longest user agent that is written, in bytes.
+pub const USER_AGENT_BYTES_MAX: usize = 256;
+/// Longest other text that a peer may have chosen, in bytes.
+pub const TEXT_BYTES_MAX: usize = 1024;
 
 /// Which side of a call wrote the record. The called side (`inbound`) is authoritative.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, serde::Deserialize)]
@@ -71,28 +86,28 @@ pub struct Record {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub destination_address: Option<String>,
     /// Method as forwarded.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub method: Option<String>,
     /// Authority as forwarded.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub authority: Option<String>,
     /// Path as forwarded, without its query, cut at 2 KiB.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "path")]
     pub path: Option<String>,
     /// Present and true when there was a query string.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub query: bool,
     /// gRPC service of the path.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub grpc_service: Option<String>,
     /// gRPC method of the path.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub grpc_method: Option<String>,
     /// gRPC status code, from the trailers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grpc_status: Option<u32>,
     /// gRPC status message, from the trailers.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub grpc_message: Option<String>,
     /// HTTP status that the caller saw.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -107,7 +122,7 @@ pub struct Record {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<Arc<str>>,
     /// Why it was decided or failed so.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub reason: Option<String>,
     /// What the caller of a refused call was told.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -135,12 +150,93 @@ pub struct Record {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<u64>,
     /// `x-request-id`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub request_id: Option<String>,
     /// Trace ID of `traceparent`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub trace_id: Option<String>,
     /// `user-agent`, cut at 256 bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "user_agent")]
     pub user_agent: Option<String>,
 }
+
+/// Reason codes of calls that were refused by what they are, whoever made them.
+const REFUSAL_ERRORS: [&str; 5] = [
+    "bad_request",
+    "header_list_too_large",
+    "not_carried",
+    "tls_handshake",
+    "upstream_identity",
+];
+
+impl Record {
+    /// Whether the record tells of a refusal, of one that would have been, or of a peer that was
+    /// not let in: what must not be lost behind a flood of allowed calls.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self.decision, Some(Verdict::Deny | Verdict::WouldDeny))
+            || self
+                .error
+                .is_some_and(|code| REFUSAL_ERRORS.contains(&code))
+    }
+
+    /// Appends the record to `line` as one line with its line feed.
+    ///
+    /// # Errors
+    ///
+    /// None that a record can cause; serde's signature. `line` is then as it was.
+    pub fn write_line(&self, line: &mut Vec<u8>) -> serde_json::Result<()> {
+        let before = line.len();
+        let formatter = escape::Escaped;
+        let mut serializer = serde_json::Serializer::with_formatter(&mut *line, formatter);
+        let written = self.serialize(&mut serializer);
+        match written {
+            Ok(()) => line.push(b'\n'),
+            Err(_) => line.truncate(before),
+        }
+        written
+    }
+}
+
+/// RFC 3339 in UTC with microseconds, as [`Record::time`] has it.
+pub fn timestamp(time: SystemTime) -> String {
+    let time = time::OffsetDateTime::from(time);
+    let (year, month, day) = time.to_calendar_date();
+    let (hour, minute, second, micros) = time.to_hms_micro();
+    let month = u8::from(month);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+}
+
+/// `text` with at most `max` bytes, cut between characters.
+pub fn cut(text: &str, max: usize) -> &str {
+    text.get(..text.floor_char_boundary(max)).unwrap_or(text)
+}
+
+#[expect(clippy::ref_option, reason = "serde's signature")]
+fn text<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    bounded(text, TEXT_BYTES_MAX, serializer)
+}
+
+#[expect(clippy::ref_option, reason = "serde's signature")]
+fn path<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    bounded(text, PATH_BYTES_MAX, serializer)
+}
+
+#[expect(clippy::ref_option, reason = "serde's signature")]
+fn user_agent<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    bounded(text, USER_AGENT_BYTES_MAX, serializer)
+}
+
+#[expect(clippy::ref_option, reason = "serde's signature")]
+fn bounded<S: Serializer>(
+    text: &Option<String>,
+    max: usize,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match text {
+        Some(text) => serializer.serialize_str(cut(text, max)),
+        None => serializer.serialize_none(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
