@@ -45,6 +45,7 @@ mod warn;
 pub(crate) use evaluate::Found;
 pub(crate) use glob::{Glob, path_segments};
 pub(crate) use lower::name_forms;
+pub use lower::selects;
 pub use rule::Effect;
 pub(crate) use rule::{From, HostName, Names, Ports, Rule, Selected, To, ToGrpc, ToHttp};
 pub use warn::selecting_nothing;

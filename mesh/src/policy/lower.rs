@@ -52,7 +52,7 @@ pub(super) fn lower(set: &ResourceSet, workload: &Workload) -> Lowered {
 }
 
 /// Whether a policy concerns a workload.
-pub(super) fn selects(policy: &AuthorizationPolicy, workload: &Workload) -> bool {
+pub fn selects(policy: &AuthorizationPolicy, workload: &Workload) -> bool {
     let spec = &policy.spec;
     let in_namespace = if policy.metadata.namespace == SYSTEM_NAMESPACE {
         let selector = spec.namespace_selector.as_ref();
