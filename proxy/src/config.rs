@@ -22,6 +22,8 @@ use sidegate_mesh::{Enforcement, SpiffeId, SpiffeIdError, TrustDomain, Workload,
 
 pub use limits::LimitsConfig;
 
+use crate::diagnostics;
+
 /// What replaces a secret wherever configuration is shown.
 const REDACTED: &str = "[redacted]";
 
@@ -474,6 +476,7 @@ impl Config {
         self.check_listeners(&mut faults);
         self.check_applications(&mut faults);
         self.check_rest(&mut faults);
+        self.check_log(&mut faults);
         self.limits.check(&mut faults);
         faults
     }
@@ -732,6 +735,17 @@ impl Config {
                 "write the folder of the resources",
             );
         }
+        if let Err(error) = diagnostics::check(&self.diagnostics.level) {
+            fault(
+                faults,
+                "diagnostics.level",
+                error,
+                "write for example `info`",
+            );
+        }
+    }
+
+    fn check_log(&self, faults: &mut Vec<Fault>) {
         if self.log.path.is_some() && self.log.stdout {
             fault(
                 faults,
@@ -769,7 +783,7 @@ impl Config {
 }
 
 /// Adds one fault.
-fn fault(faults: &mut Vec<Fault>, field: &str, message: impl ToString, help: &str) {
+fn fault(faults: &mut Vec<Fault>, field: &str, message: impl fmt::Display, help: &str) {
     faults.push(Fault {
         field: field.to_owned(),
         message: message.to_string(),

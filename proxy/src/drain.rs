@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn closing_ends_every_wait_at_once() {
         let (drain, _clock) = drain();
-        drain.start(Duration::from_secs(60), Duration::from_secs(60));
+        drain.start(Duration::from_mins(1), Duration::from_mins(1));
         drain.close();
         assert!(drain.accept_until().now_or_never().is_some());
         assert!(drain.deadline().now_or_never().is_some());

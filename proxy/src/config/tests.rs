@@ -93,6 +93,7 @@ fn an_unknown_or_missing_key_is_refused_with_its_place() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn what_could_not_run_is_refused_with_its_place() {
     for (from, to, expected) in [
         (
@@ -148,6 +149,11 @@ fn what_could_not_run_is_refused_with_its_place() {
             "127.0.0.1:16379",
             "0.0.0.0:16379",
             "16:43: `upstreams.0.address`",
+        ),
+        (
+            "workers: 2",
+            "diagnostics: { level: 'a=loud' }",
+            "19:23: `diagnostics.level`",
         ),
         ("workers: 2", "workers: 0", "19:10: `workers`"),
         (

@@ -181,10 +181,12 @@ impl MetricConstructor<Histogram> for DurationBuckets {
     }
 }
 
+type Known = HashMap<(PairLabels, Protocol), Arc<PairMetrics>>;
+
 /// Every pair, and the bound on all of them.
 #[derive(Debug)]
 pub(super) struct Pairs {
-    known: RwLock<HashMap<(PairLabels, Protocol), Arc<PairMetrics>>>,
+    known: RwLock<Known>,
     shared: Arc<Shared>,
 }
 

@@ -1,0 +1,217 @@
+//! Messages about the sidecar itself, as JSON lines.
+//!
+//! Invariants: each line is one JSON object with `"kind":"diagnostic"`, so that one stream can carry
+//! it beside the access log; only a program installs this, never a library, because it is global.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+use sidegate_mesh::Clock;
+use sidegate_mtls::SystemClock;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::call::rfc3339;
+
+/// Why diagnostics are not what was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum DiagnosticsError {
+    /// The level is neither a word nor a filter.
+    #[error("`{level}` is not a level of diagnostics")]
+    Level {
+        /// What was given.
+        level: String,
+        /// What is wrong with it.
+        source: tracing_subscriber::filter::ParseError,
+    },
+    /// Something else was installed before.
+    #[error("diagnostics are installed already")]
+    Installed(#[source] tracing::subscriber::SetGlobalDefaultError),
+}
+
+/// Sends diagnostics of `level` to standard error from now on, panics included.
+///
+/// # Errors
+///
+/// [`DiagnosticsError`]; nothing has changed then.
+pub fn install(level: &str) -> Result<(), DiagnosticsError> {
+    let subscriber = subscriber(level, std::io::stderr)?;
+    tracing::subscriber::set_global_default(subscriber).map_err(DiagnosticsError::Installed)?;
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let place = panic.location().map(ToString::to_string);
+        let message = panic.payload_as_str().unwrap_or("no message");
+        tracing::error!(
+            error = message,
+            thread = thread.name().unwrap_or("unnamed"),
+            place = place.unwrap_or_default(),
+            "panicked"
+        );
+    }));
+    Ok(())
+}
+
+/// Checks a level without installing anything.
+pub(crate) fn check(level: &str) -> Result<(), DiagnosticsError> {
+    filter(level).map(drop)
+}
+
+fn filter(level: &str) -> Result<EnvFilter, DiagnosticsError> {
+    EnvFilter::builder()
+        .parse(level)
+        .map_err(|source| DiagnosticsError::Level {
+            level: level.to_owned(),
+            source,
+        })
+}
+
+/// Writes diagnostics of `level` to `writer`.
+fn subscriber<W>(level: &str, writer: W) -> Result<impl Subscriber, DiagnosticsError>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter(level)?)
+        .with_ansi(false)
+        .event_format(JsonLines)
+        .with_writer(writer);
+    Ok(subscriber.finish())
+}
+
+struct JsonLines;
+
+impl<S, N> FormatEvent<S, N> for JsonLines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let metadata = event.metadata();
+        let mut fields = Fields(Map::new());
+        let mut text = |name: &str, text: String| fields.0.insert(name.to_owned(), text.into());
+        text("kind", "diagnostic".to_owned());
+        text("time", rfc3339(SystemClock.now()));
+        text("level", metadata.level().as_str().to_ascii_lowercase());
+        text("target", metadata.target().to_owned());
+        event.record(&mut fields);
+        writeln!(writer, "{}", Value::Object(fields.0))
+    }
+}
+
+/// An event's facts, in the order in which they were written.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// A field never hides one that every line has.
+    fn insert(&mut self, field: &Field, value: Value) {
+        let name = field.name();
+        let taken = matches!(name, "kind" | "time" | "level" | "target");
+        let name = if taken {
+            format!("field.{name}")
+        } else {
+            name.to_owned()
+        };
+        self.0.insert(name, value);
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.insert(field, format!("{value:?}").into());
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.insert(field, value.into());
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.insert(field, value.into());
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.insert(field, value.into());
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.insert(field, value.into());
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.insert(field, value.into());
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        let mut text = value.to_string();
+        let mut source = value.source();
+        while let Some(error) = source {
+            text = format!("{text}: {error}");
+            source = error.source();
+        }
+        self.insert(field, text.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_message_is_one_json_line_of_its_kind() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = subscriber("info", move || writer.clone()).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(
+                generation = 7,
+                error = "a\n\"b\"",
+                kind = "access",
+                "svid rotated"
+            );
+            tracing::debug!("not shown");
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        let line: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(line["kind"], "diagnostic");
+        assert_eq!(
+            line["field.kind"], "access",
+            "a field cannot pose as another kind"
+        );
+        assert_eq!(line["level"], "info");
+        assert_eq!(line["message"], "svid rotated");
+        assert_eq!(line["generation"], 7);
+        assert_eq!(line["error"], "a\n\"b\"");
+        assert!(line["time"].as_str().unwrap().ends_with('Z'), "{line}");
+    }
+
+    #[test]
+    fn what_is_no_level_is_refused() {
+        assert!(check("info,sidegate_proxy=debug").is_ok());
+        assert!(check("sidegate_proxy=loud").is_err());
+    }
+}
