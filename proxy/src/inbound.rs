@@ -108,6 +108,8 @@ impl Inbound {
 
 async fn accept_loop(listener: TcpListener, inbound: &Arc<Inbound>) {
     let drain = &inbound.shared.drain;
+    // While this lives a drain cannot end: what is in the accept queue is still to be served.
+    let _accepting = drain.tasks().token();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

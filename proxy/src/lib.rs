@@ -1,6 +1,7 @@
 //! The Sidegate sidecar.
 
 pub mod access_log;
+mod admin;
 pub mod application;
 pub mod authorize;
 pub mod balance;
@@ -8,19 +9,27 @@ pub mod body;
 pub mod call;
 pub mod config;
 pub mod connections;
+mod control;
 pub mod detect;
+pub mod diagnostics;
 pub mod drain;
 pub mod error;
 pub mod forward;
 pub mod headers;
+pub mod health;
 pub mod http1;
 pub mod inbound;
 pub mod limits;
 pub mod metrics;
 pub mod outbound;
 pub mod pool;
+mod responder;
 pub mod retry;
 pub mod shared;
+pub mod sidecar;
+mod source;
 pub mod stack;
 pub mod state;
+pub mod wait;
 pub mod wire;
+pub mod worker;
