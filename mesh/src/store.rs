@@ -4,7 +4,7 @@
 //! hole: with a last good version, that one stays; without, a mark stays that denies what the
 //! resource might have denied.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::resource::{
@@ -24,6 +24,8 @@ pub const RESOURCES_PER_FOLDER_MAX: usize = 10_000;
 #[derive(Debug, Default)]
 pub struct ResourceStore {
     entries: BTreeMap<ResourceKey, Entry>,
+    /// Documents that were refused because another one stands for their resource.
+    seconds: BTreeSet<replace::Second>,
     set: ResourceSet,
 }
 
@@ -36,8 +38,9 @@ impl ResourceStore {
     /// Makes the folder's files, all of them, what the store holds.
     ///
     /// A resource whose document is refused keeps its last good version, also when its file can't
-    /// be read at all; one that has none becomes a [`BrokenResource`]. A resource whose file or
-    /// document is gone is gone. Of two documents of one resource, the one in force stays (at
+    /// be read at all; one that has none becomes a [`BrokenResource`]. A resource whose file is gone
+    /// is gone, and so is one whose document is gone from a file that is otherwise wholly good: any
+    /// other may have been cut off. Of two documents of one resource, the one in force stays (at
     /// first: the one earlier by path), and the other is refused.
     ///
     /// Returns what is wrong, in the order of the files' paths.
@@ -61,9 +64,13 @@ impl ResourceStore {
     }
 
     fn replace(&mut self, files: Vec<replace::File<'_>>) -> Vec<Problem> {
-        let before = std::mem::take(&mut self.entries);
+        let before = replace::Before {
+            entries: &self.entries,
+            seconds: &self.seconds,
+        };
         let replaced = replace::replace(&before, files);
         self.entries = replaced.entries;
+        self.seconds = replaced.seconds;
         self.set = ResourceSet::of(&self.entries, replaced.broken);
         replaced.problems
     }

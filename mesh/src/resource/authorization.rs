@@ -30,6 +30,7 @@ pub struct AuthorizationPolicySpec {
         deserialize_with = "value::some",
         skip_serializing_if = "Option::is_none"
     )]
+    #[schemars(with = "Selector")]
     pub namespace_selector: Option<Selector>,
     /// The workloads of its namespace that it covers; `{}` is all of them.
     pub selector: Selector,

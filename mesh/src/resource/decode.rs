@@ -409,14 +409,12 @@ impl<'de> de::VariantAccess<'de> for Choice<'de> {
     type Error = Fault;
 
     fn unit_variant(self) -> Result<(), Fault> {
-        match self.value {
-            None => Ok(()),
-            Some(_) => {
-                let word = shown(self.key.text()?);
-                let help = format!("write `{word}` alone");
-                Err(self.key.fault("a word belongs here, not an object", help))
-            }
+        if self.value.is_none() {
+            return Ok(());
         }
+        let word = shown(self.key.text()?);
+        let help = format!("write `{word}` alone");
+        Err(self.key.fault("a word belongs here, not an object", help))
     }
 
     fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<T::Value, Fault> {

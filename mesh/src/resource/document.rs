@@ -156,6 +156,7 @@ pub fn parse_value(value: &Value) -> Result<Resource, Vec<Problem>> {
     let tree = Tree {
         root: Some(root.clone()),
         fault: None,
+        is_cut: false,
     };
     let document = document("", tree, Mark::default());
     document.outcome.map(|located| located.value)
@@ -222,7 +223,11 @@ fn document(file: &str, tree: Tree, start: Mark) -> Document {
     let root = tree
         .root
         .unwrap_or_else(|| Node::new(start, Content::Map(Vec::new())));
-    let known = Known::of(&root);
+    let known = if tree.is_cut {
+        Known::of(&root.without_last())
+    } else {
+        Known::of(&root)
+    };
     let outcome = match tree.fault {
         Some(fault) => Err(vec![fault]),
         None => resource(&root).and_then(|resource| {

@@ -18,10 +18,8 @@ use super::value::PortRef;
 use super::{RULES_PER_POLICY_MAX, name::GRPC_NAME_BYTES_MAX};
 use crate::host::Authority;
 
-/// Most entries of a list of callers, calls, methods, paths or hosts.
+/// Most entries of a list of callers, calls, methods, paths, hosts or ports.
 const ENTRIES_MAX: usize = 1_000;
-/// Most ports of a service or a policy.
-const PORTS_MAX: usize = 100;
 /// Most endpoints of a service.
 const ENDPOINTS_MAX: usize = 10_000;
 /// Longest HTTP method.
@@ -30,7 +28,7 @@ const METHOD_BYTES_MAX: usize = 32;
 /// Reads `ports` of a policy.
 pub(super) fn ports<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Vec<PortRef>>, D::Error> {
     let help = "name at least one port, or remove the field to cover every port";
-    filled(d, help, PORTS_MAX, Ok).map(Some)
+    filled(d, help, ENTRIES_MAX, Ok).map(Some)
 }
 
 /// Reads `rules`.
@@ -141,7 +139,7 @@ pub(super) fn upgrades<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Upgrade>, 
 /// Reads `ports` of a service.
 pub(super) fn service_ports<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<ServicePort>, D::Error> {
     let help = "write at least one port, such as `[{ name: http, port: 80 }]`";
-    filled(d, help, PORTS_MAX, Ok)
+    filled(d, help, ENTRIES_MAX, Ok)
 }
 
 /// Reads `endpoints`, which may be empty.

@@ -26,7 +26,7 @@ pub struct StaticService {
 pub struct StaticServiceSpec {
     /// The ports that callers name.
     #[serde(deserialize_with = "list::service_ports")]
-    #[schemars(length(min = 1, max = 100))]
+    #[schemars(length(min = 1, max = 1_000))]
     pub ports: Vec<ServicePort>,
     /// Where it runs. An empty list says that it runs nowhere at the moment.
     #[serde(deserialize_with = "list::endpoints")]

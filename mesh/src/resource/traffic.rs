@@ -40,6 +40,7 @@ pub struct TrafficPolicySpec {
         deserialize_with = "value::some",
         skip_serializing_if = "Option::is_none"
     )]
+    #[schemars(with = "Retry")]
     pub retry: Option<Retry>,
     /// When a gRPC call is tried again; absent: never.
     #[serde(
@@ -47,6 +48,7 @@ pub struct TrafficPolicySpec {
         deserialize_with = "value::some",
         skip_serializing_if = "Option::is_none"
     )]
+    #[schemars(with = "GrpcRetry")]
     pub grpc_retry: Option<GrpcRetry>,
     /// When an endpoint is left out for a while; absent: only while it refuses connections.
     #[serde(
@@ -54,6 +56,7 @@ pub struct TrafficPolicySpec {
         deserialize_with = "value::some",
         skip_serializing_if = "Option::is_none"
     )]
+    #[schemars(with = "OutlierEjection")]
     pub outlier_ejection: Option<OutlierEjection>,
     /// How an endpoint is chosen.
     #[serde(
@@ -61,6 +64,7 @@ pub struct TrafficPolicySpec {
         deserialize_with = "value::some",
         skip_serializing_if = "Option::is_none"
     )]
+    #[schemars(with = "LoadBalancing")]
     pub load_balancing: Option<LoadBalancing>,
 }
 

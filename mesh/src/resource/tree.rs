@@ -58,6 +58,42 @@ impl Node {
         }
     }
 
+    /// No value at all.
+    fn nothing(at: Mark) -> Self {
+        let text = String::new();
+        Self::new(at, Content::Scalar { text, plain: true })
+    }
+
+    /// The same without its last scalar, entry or field, however deep that stands.
+    pub(crate) fn without_last(&self) -> Self {
+        let content = match &*self.content {
+            Content::Scalar { .. } => return Self::nothing(self.at),
+            Content::List(list) => {
+                let mut list = list.clone();
+                if let Some(last) = list.pop().filter(Node::has_parts) {
+                    list.push(last.without_last());
+                }
+                Content::List(list)
+            }
+            Content::Map(map) => {
+                let mut map = map.clone();
+                if let Some((key, last)) = map.pop().filter(|(_, last)| last.has_parts()) {
+                    map.push((key, last.without_last()));
+                }
+                Content::Map(map)
+            }
+        };
+        Self::new(self.at, content)
+    }
+
+    fn has_parts(&self) -> bool {
+        match &*self.content {
+            Content::Scalar { .. } => false,
+            Content::List(list) => !list.is_empty(),
+            Content::Map(map) => !map.is_empty(),
+        }
+    }
+
     /// The text of a scalar.
     pub(crate) fn text(&self) -> Option<&str> {
         match &*self.content {
@@ -108,6 +144,8 @@ pub(crate) struct Tree {
     pub root: Option<Node>,
     /// What makes the document unusable. `root` then holds what came before it.
     pub fault: Option<Fault>,
+    /// Whether the last value of `root` may be only the beginning of what was meant.
+    pub is_cut: bool,
 }
 
 /// Reads the documents of a text whose first line has the number `first_line`.
@@ -127,6 +165,9 @@ pub(crate) fn read(text: &str, first_line: usize) -> Vec<Tree> {
             builder.abandon(fault);
             break;
         }
+    }
+    if let Some(last) = builder.trees.last_mut() {
+        last.is_cut |= !text.ends_with(['\n', '\r']);
     }
     builder.trees
 }
@@ -157,6 +198,8 @@ struct Builder {
     anchors: HashMap<usize, Node>,
     /// Values of all documents of the text.
     nodes: usize,
+    /// Whether the last event was a scalar, which a fault right behind it may have cut.
+    after_scalar: bool,
 }
 
 impl Builder {
@@ -169,11 +212,13 @@ impl Builder {
             fault: None,
             anchors: HashMap::new(),
             nodes: 0,
+            after_scalar: false,
         }
     }
 
     fn event(&mut self, event: Event<'_>, span: Span) -> Result<(), Fault> {
         let at = self.mark(&span.start);
+        self.after_scalar = matches!(event, Event::Scalar(..));
         if event.tag().is_some() {
             self.note(
                 Fault::new(
@@ -253,14 +298,11 @@ impl Builder {
         if anchor > 0 {
             self.anchors.insert(anchor, node.clone());
         }
-        let fault = match self.open.last_mut() {
-            Some(open) => open.push(node),
-            None => {
-                self.root = Some(node);
-                None
-            }
+        let Some(open) = self.open.last_mut() else {
+            self.root = Some(node);
+            return Ok(());
         };
-        if let Some(fault) = fault {
+        if let Some(fault) = open.push(node) {
             self.note(fault);
         }
         Ok(())
@@ -275,16 +317,29 @@ impl Builder {
         self.trees.push(Tree {
             root: self.root.take().filter(|root| !root.is_null()),
             fault: self.fault.take(),
+            is_cut: false,
         });
         self.anchors.clear();
     }
 
     /// Ends the reading. What is kept is the document itself and its `metadata` and `spec` so far;
-    /// what stands open further inside may be half of what was meant and is dropped.
+    /// of what stands open further inside, which may be half of what was meant, only a place.
     fn abandon(&mut self, fault: Fault) {
         self.note(fault);
+        let is_cut = self.after_scalar || self.open.len() > 2;
+        let inside = self.open.get(2).map(|open| open.at);
         self.open.truncate(2);
-        while let Some(open) = self.open.pop() {
+        if let (Some(at), Some(open)) = (inside, self.open.last_mut()) {
+            drop(open.push(Node::nothing(at)));
+        }
+        while let Some(mut open) = self.open.pop() {
+            if open
+                .keys
+                .as_ref()
+                .is_some_and(|keys| keys.pending.is_some())
+            {
+                drop(open.push(Node::nothing(open.at)));
+            }
             let node = open.close();
             match self.open.last_mut() {
                 Some(outer) => drop(outer.push(node)),
@@ -292,6 +347,9 @@ impl Builder {
             }
         }
         self.finish_document();
+        if let Some(last) = self.trees.last_mut() {
+            last.is_cut = is_cut;
+        }
     }
 
     fn broken(&self, error: &ScanError) -> Fault {

@@ -19,7 +19,7 @@ const ATTEMPTS_MAX: u32 = 10;
 /// Most failures that an ejection may wait for.
 const CONSECUTIVE_FAILURES_MAX: u32 = 1_000;
 /// Longest time that a policy may name.
-const DURATION_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+const DURATION_MAX: Duration = Duration::from_hours(24);
 /// Shortest time that a policy may name.
 const DURATION_MIN: Duration = Duration::from_millis(1);
 

@@ -17,10 +17,20 @@ pub(super) type File<'a> = (&'a str, Result<&'a str, &'a str>);
 
 type Entries = BTreeMap<ResourceKey, Entry>;
 
+/// A resource and the file of a document that was refused because another one stands for it.
+pub(super) type Second = (ResourceKey, String);
+
+/// What the store held before.
+pub(super) struct Before<'a> {
+    pub entries: &'a Entries,
+    pub seconds: &'a BTreeSet<Second>,
+}
+
 /// What the store holds from now on.
 pub(super) struct Replaced {
     pub entries: Entries,
     pub broken: Vec<BrokenResource>,
+    pub seconds: BTreeSet<Second>,
     pub problems: Vec<Problem>,
 }
 
@@ -36,16 +46,18 @@ struct Seen {
     problems: Vec<Problem>,
 }
 
-pub(super) fn replace(before: &Entries, files: Vec<File<'_>>) -> Replaced {
+pub(super) fn replace(before: &Before<'_>, files: Vec<File<'_>>) -> Replaced {
     let seen = read_all(files);
     let claims = Claims::new(before, &seen);
     let mut replaced = Replaced {
         entries: before
+            .entries
             .iter()
             .filter(|(key, _)| claims.held.contains(*key))
             .map(|(key, entry)| (key.clone(), stale(entry.clone())))
             .collect(),
         broken: Vec::new(),
+        seconds: BTreeSet::new(),
         problems: Vec::new(),
     };
     let places: Vec<String> = seen.iter().map(Seen::place).collect();
@@ -53,14 +65,17 @@ pub(super) fn replace(before: &Entries, files: Vec<File<'_>>) -> Replaced {
         let owner = document.key.as_ref().and_then(|key| claims.owner(key));
         match owner {
             Some(Owner::Document(owner)) if owner == index => {
-                document.settle(before, &mut replaced)
+                document.settle(before, &mut replaced);
             }
             Some(Owner::Document(owner)) => {
                 let place = places.get(owner).cloned().unwrap_or_default();
                 document.refuse_second(&place, &mut replaced);
             }
             Some(Owner::Held) => {
-                let key = document.key.as_ref().and_then(|key| before.get(key));
+                let key = document
+                    .key
+                    .as_ref()
+                    .and_then(|key| before.entries.get(key));
                 let place = key.map(|entry| entry.file.clone()).unwrap_or_default();
                 document.refuse_second(&place, &mut replaced);
             }
@@ -96,16 +111,18 @@ struct Claims {
 }
 
 impl Claims {
-    fn new(before: &Entries, seen: &[Seen]) -> Self {
+    fn new(before: &Before<'_>, seen: &[Seen]) -> Self {
         let mut claims = Self::default();
         // The file that a resource in force came from comes first: a second document of the same
-        // name must not take over when the first one breaks.
+        // name must not take over when the first one breaks. One that moved may.
         claims.claim(seen, |document, key| {
-            before
-                .get(key)
-                .is_some_and(|entry| entry.file == document.file)
+            let entry = before.entries.get(key);
+            entry.is_some_and(|entry| entry.file == document.file)
         });
-        claims.hold(before, seen);
+        claims.claim(seen, |document, key| {
+            document.resource.is_some() && !before.seconds.contains(&document.second(key))
+        });
+        claims.hold(before.entries, seen);
         claims.claim(seen, |document, _| document.resource.is_some());
         claims.claim(seen, |_, _| true);
         claims
@@ -122,28 +139,40 @@ impl Claims {
         }
     }
 
-    /// Holds each resource that its file may still contain, in a document that can't be told.
+    /// Holds each resource that is missing from a file of which something was refused: only a file
+    /// that is wholly good removes anything, since any other may have been cut off.
     fn hold(&mut self, before: &Entries, seen: &[Seen]) {
-        let unclaimed = |key: &ResourceKey| !self.by_document.contains_key(key);
-        let missing: Vec<_> = before.iter().filter(|(key, _)| unclaimed(key)).collect();
-        let mut vague: Vec<_> = seen
+        let refused: BTreeSet<&str> = seen
+            .iter()
+            .filter(|document| document.resource.is_none())
+            .map(|document| document.file.as_str())
+            .collect();
+        let missing = |(key, entry): &(&ResourceKey, &Entry)| {
+            !self.by_document.contains_key(*key) && refused.contains(entry.file.as_str())
+        };
+        let missing: Vec<_> = before.iter().filter(missing).collect();
+        self.cover(&missing, seen);
+        self.held = missing.into_iter().map(|(key, _)| key.clone()).collect();
+    }
+
+    /// Takes documents without a whole key for newer versions of what is missing, each for one: a
+    /// document too many may be a new Deny.
+    fn cover(&mut self, missing: &[(&ResourceKey, &Entry)], seen: &[Seen]) {
+        let vague = seen
             .iter()
             .enumerate()
-            .filter(|(_, seen)| seen.key.is_none())
-            .collect();
+            .filter(|(_, document)| document.key.is_none());
+        let mut vague: Vec<_> = vague.collect();
         vague.sort_by_key(|(_, document)| Reverse(document.known.identifying()));
         let mut told = BTreeSet::new();
         for (index, document) in vague {
             let may_be = |(key, entry): &&(&ResourceKey, &Entry)| {
                 entry.file == document.file && document.known.may_be(key)
             };
-            // It isn't known which of them the document is: all stay. But each can be the newer
-            // version of one resource only; a document too many may be a new Deny.
-            let candidates = || missing.iter().filter(may_be).map(|(key, _)| *key);
-            if candidates().any(|key| told.insert(key)) {
+            let mut candidates = missing.iter().filter(may_be);
+            if candidates.any(|(key, _)| told.insert(*key)) {
                 self.covered.insert(index);
             }
-            self.held.extend(candidates().cloned());
         }
     }
 
@@ -184,16 +213,20 @@ impl Seen {
         }
     }
 
+    fn second(&self, key: &ResourceKey) -> Second {
+        (key.clone(), self.file.clone())
+    }
+
     fn place(&self) -> String {
         format!("{}:{}:{}", self.file, self.line, self.column)
     }
 
     /// This document stands for its resource: in force, or with the last good version, or a mark.
-    fn settle(mut self, before: &Entries, replaced: &mut Replaced) {
+    fn settle(mut self, before: &Before<'_>, replaced: &mut Replaced) {
         let Some(key) = self.key.take() else {
             return;
         };
-        let last = before.get(&key);
+        let last = before.entries.get(&key);
         let is_stale = self.resource.is_none();
         let good = match self.resource.take() {
             Some(resource) => Some(Good::keep(resource, last.map(|entry| &entry.good))),
@@ -223,6 +256,8 @@ impl Seen {
             .as_ref()
             .map(ToString::to_string)
             .unwrap_or_default();
+        let second = |key: &ResourceKey| (key.clone(), self.file.clone());
+        replaced.seconds.extend(self.key.as_ref().map(second));
         replaced.problems.push(Problem {
             file: self.file,
             line: self.line,
