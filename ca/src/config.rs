@@ -1,0 +1,348 @@
+//! The CA's configuration: one YAML file, read once.
+//!
+//! Invariant: a [`Config`] that [`Config::load`] returns has been checked; an unknown field or an
+//! impossible value is an error that names the file. It holds no secret, so it may be printed.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sidegate_mesh::spiffe::TrustDomain;
+
+/// Shortest leaf lifetime without `allowShortLeafLifetime`.
+pub const LEAF_LIFETIME_MIN: Duration = Duration::from_mins(1);
+
+/// Longest leaf lifetime: the intermediate is renewed while half of its 30 days are left, and no
+/// leaf may outlive it.
+pub const LEAF_LIFETIME_MAX: Duration = Duration::from_hours(7 * 24);
+
+/// Longest path of a Unix socket, in bytes (`sun_path` less its NUL).
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Everything that a CA can be told.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// The trust domain that this CA issues for.
+    #[serde(default = "default_trust_domain")]
+    pub trust_domain: TrustDomain,
+    /// Folder (mode 0700) of keys, certificates and ledger. Relative to the configuration's folder.
+    pub state_dir: PathBuf,
+    /// Where sidecars ask for their identity: gRPC over TLS.
+    #[serde(default = "default_address")]
+    pub address: SocketAddr,
+    /// Unix socket of the administration; `admin.sock` in the state folder when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin_socket: Option<PathBuf>,
+    /// Where `/metrics`, `/livez` and `/readyz` are served.
+    #[serde(default = "default_metrics_address")]
+    pub metrics_address: SocketAddr,
+    /// Life of a workload's certificate.
+    #[serde(default = "default_leaf_lifetime", with = "humantime_serde")]
+    pub leaf_lifetime: Duration,
+    /// How far a certificate's start lies in the past, for clocks that disagree.
+    #[serde(default = "default_backdate", with = "humantime_serde")]
+    pub backdate: Duration,
+    /// Life of a join token that asks for none.
+    #[serde(default = "default_token_lifetime", with = "humantime_serde")]
+    pub token_lifetime: Duration,
+    /// Admits a leaf lifetime under a minute. For tests only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_short_leaf_lifetime: bool,
+    /// Bounds.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// Every bound of the CA.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub struct Limits {
+    /// Certificates for one identity a minute.
+    pub issuances_per_identity_per_minute: u32,
+    /// Certificates for all identities together a minute.
+    pub issuances_per_minute: u32,
+    /// Connections served at once. Callers without a certificate get at most half of them.
+    pub connections_max: usize,
+    /// TLS handshakes in flight.
+    pub handshakes_max: usize,
+    /// Longest TLS handshake.
+    #[serde(with = "humantime_serde")]
+    pub handshake_timeout: Duration,
+    /// Longest answer to one request, streams apart.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
+    /// HTTP/2 streams of one connection.
+    pub streams_per_connection_max: u32,
+    /// Open `WatchBundle` streams.
+    pub watchers_max: usize,
+    /// Largest request message, in bytes.
+    pub message_bytes_max: usize,
+    /// Join tokens that are not expired.
+    pub tokens_max: usize,
+    /// Certificates that are not expired, the memory that reuse of a key is refused from.
+    pub certificates_max: usize,
+    /// Entries of the denylist.
+    pub revocations_max: usize,
+    /// Issuances that wait for the ledger's disk.
+    pub ledger_queue_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            issuances_per_identity_per_minute: 120,
+            issuances_per_minute: 6_000,
+            connections_max: 4_096,
+            handshakes_max: 128,
+            handshake_timeout: Duration::from_secs(5),
+            request_timeout: Duration::from_secs(15),
+            streams_per_connection_max: 32,
+            watchers_max: 4_096,
+            message_bytes_max: 64 * 1024,
+            tokens_max: 4_096,
+            certificates_max: 1_000_000,
+            revocations_max: 10_000,
+            ledger_queue_max: 1_024,
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The configuration file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not the YAML that is expected.
+    #[error("{}: {message}", path.display())]
+    Syntax {
+        /// The configuration file.
+        path: PathBuf,
+        /// Where and what, as the parser says it.
+        message: String,
+    },
+    /// A value is impossible.
+    #[error("{field}: {problem}; {help}")]
+    Value {
+        /// Name of the field, as in the file.
+        field: &'static str,
+        /// What is wrong.
+        problem: String,
+        /// What to write instead.
+        help: &'static str,
+    },
+}
+
+impl Config {
+    /// The defaults, with state in `state_dir`.
+    pub fn new(state_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            trust_domain: default_trust_domain(),
+            state_dir: state_dir.into(),
+            address: default_address(),
+            admin_socket: None,
+            metrics_address: default_metrics_address(),
+            leaf_lifetime: default_leaf_lifetime(),
+            backdate: default_backdate(),
+            token_lifetime: default_token_lifetime(),
+            allow_short_leaf_lifetime: false,
+            limits: Limits::default(),
+        }
+    }
+
+    /// Reads and checks a YAML file; relative paths in it are taken from the file's folder.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`], which names the file and the field.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let mut config: Self =
+            serde_saphyr::from_str(&text).map_err(|error| ConfigError::Syntax {
+                path: path.to_owned(),
+                message: error.to_string(),
+            })?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        config.state_dir = folder.join(&config.state_dir);
+        config.admin_socket = config.admin_socket.map(|socket| folder.join(socket));
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The administration's Unix socket.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.admin_socket
+            .clone()
+            .unwrap_or_else(|| self.state_dir.join("admin.sock"))
+    }
+
+    /// Checks every value.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Value`] for the first impossible one.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.check_lifetimes()?;
+        if self.admin_socket().as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(ConfigError::Value {
+                field: "adminSocket",
+                problem: format!("{} is too long", self.admin_socket().display()),
+                help: "a Unix socket's path has at most 107 bytes; choose a shorter one",
+            });
+        }
+        let positive = [
+            (
+                "limits.issuancesPerIdentityPerMinute",
+                self.limits.issuances_per_identity_per_minute > 0,
+            ),
+            (
+                "limits.issuancesPerMinute",
+                self.limits.issuances_per_minute > 0,
+            ),
+            ("limits.connectionsMax", self.limits.connections_max >= 2),
+            ("limits.handshakesMax", self.limits.handshakes_max > 0),
+            (
+                "limits.messageBytesMax",
+                self.limits.message_bytes_max >= 4096,
+            ),
+            ("limits.ledgerQueueMax", self.limits.ledger_queue_max > 0),
+        ];
+        match positive.iter().find(|(_, fine)| !fine) {
+            None => Ok(()),
+            Some((field, _)) => Err(ConfigError::Value {
+                field,
+                problem: "the value is too small to serve anybody".to_owned(),
+                help: "leave it out to use the default",
+            }),
+        }
+    }
+
+    fn check_lifetimes(&self) -> Result<(), ConfigError> {
+        let short = self.leaf_lifetime < LEAF_LIFETIME_MIN && !self.allow_short_leaf_lifetime;
+        if short || self.leaf_lifetime < Duration::from_secs(1) {
+            return Err(ConfigError::Value {
+                field: "leafLifetime",
+                problem: format!("{:?} is too short", self.leaf_lifetime),
+                help: "write 1m or more; 24h is the default",
+            });
+        }
+        if self.leaf_lifetime > LEAF_LIFETIME_MAX {
+            return Err(ConfigError::Value {
+                field: "leafLifetime",
+                problem: format!("{:?} is too long", self.leaf_lifetime),
+                help: "write 7d or less; 24h is the default",
+            });
+        }
+        if self.backdate > Duration::from_mins(10) {
+            return Err(ConfigError::Value {
+                field: "backdate",
+                problem: format!("{:?} is too long", self.backdate),
+                help: "write 10m or less; 30s is the default",
+            });
+        }
+        let token = Duration::from_secs(1)..=Duration::from_hours(24);
+        if !token.contains(&self.token_lifetime) {
+            return Err(ConfigError::Value {
+                field: "tokenLifetime",
+                problem: format!("{:?} is not between 1s and 24h", self.token_lifetime),
+                help: "10m is the default",
+            });
+        }
+        Ok(())
+    }
+}
+
+fn default_trust_domain() -> TrustDomain {
+    #[expect(
+        clippy::expect_used,
+        reason = "a constant that is a valid trust domain"
+    )]
+    "mesh.local".parse().expect("a valid trust domain")
+}
+
+fn default_address() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 19_010).into()
+}
+
+fn default_metrics_address() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 19_011).into()
+}
+
+fn default_leaf_lifetime() -> Duration {
+    Duration::from_hours(24)
+}
+
+fn default_backdate() -> Duration {
+    Duration::from_secs(30)
+}
+
+fn default_token_lifetime() -> Duration {
+    Duration::from_mins(10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<Config, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.yaml");
+        std::fs::write(&path, text).unwrap();
+        Config::load(&path)
+    }
+
+    #[track_caller]
+    fn check_refused(text: &str, expected: &str) {
+        let error = load(text).unwrap_err().to_string();
+        assert!(error.contains(expected), "{text}: {error}");
+    }
+
+    #[test]
+    fn a_state_folder_is_all_that_must_be_said() {
+        let config = load("stateDir: state\n").unwrap();
+        assert!(config.state_dir.is_absolute(), "relative to the file");
+        assert_eq!(config.address.to_string(), "127.0.0.1:19010");
+        assert_eq!(config.leaf_lifetime, Duration::from_hours(24));
+        assert!(config.admin_socket().ends_with("state/admin.sock"));
+    }
+
+    #[test]
+    fn what_is_printed_can_be_read_again() {
+        let config = load("stateDir: state\nleafLifetime: 90m\n").unwrap();
+        let text = serde_saphyr::to_string(&config).unwrap();
+        let again: Config = serde_saphyr::from_str(&text).unwrap();
+        assert_eq!(again.leaf_lifetime, Duration::from_mins(90));
+        assert_eq!(again.limits.tokens_max, config.limits.tokens_max);
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_with_its_place() {
+        check_refused("stateDir: state\nleafLifetme: 1h\n", "leafLifetme");
+        check_refused("stateDir: s\nlimits: { tokenMax: 1 }\n", "tokenMax");
+    }
+
+    #[test]
+    fn impossible_values_are_refused() {
+        check_refused("{}", "stateDir");
+        check_refused("stateDir: s\nleafLifetime: 59s\n", "leafLifetime");
+        check_refused("stateDir: s\nleafLifetime: 8d\n", "leafLifetime");
+        check_refused("stateDir: s\nbackdate: 1h\n", "backdate");
+        check_refused("stateDir: s\ntokenLifetime: 0s\n", "tokenLifetime");
+        check_refused("stateDir: s\ntrustDomain: Mesh\n", "trust domain");
+        check_refused(
+            "stateDir: s\nlimits: { connectionsMax: 0 }\n",
+            "connections",
+        );
+        check_refused(&format!("stateDir: {}\n", "x".repeat(120)), "adminSocket");
+    }
+}
