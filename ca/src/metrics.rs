@@ -1,0 +1,293 @@
+//! The CA's metrics, and the port that shows them.
+//!
+//! Invariant: no label comes from a caller. Reasons and evidence are words of this crate, so the
+//! number of series is bounded by its source code.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::authority::unix_seconds;
+use crate::issuer::Issuer;
+
+/// Connections served at once.
+const CONNECTIONS_MAX: usize = 32;
+/// Longest request head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Number = Gauge<i64, AtomicI64>;
+
+/// Every metric, resolved once.
+pub(crate) struct Metrics {
+    registry: Registry,
+    /// Certificates issued, by kind of evidence.
+    issued: Family<EvidenceLabel, Counter>,
+    /// Requests refused.
+    refusals: Family<ReasonLabel, Counter>,
+    /// Handshakes that failed.
+    handshake_failures: Family<ReasonLabel, Counter>,
+    /// Connections turned away before a handshake.
+    connections_refused: Family<ReasonLabel, Counter>,
+    /// Lineages frozen since the start.
+    pub(crate) frozen_lineages: Counter<u64, AtomicU64>,
+    /// Connections of sidecars.
+    pub(crate) connections: Number,
+    gauges: Gauges,
+}
+
+/// Read off when somebody asks.
+#[derive(Default)]
+struct Gauges {
+    watchers: Number,
+    unacknowledged: Number,
+    sequence: Number,
+    ledger_entries: Number,
+    certificates: Number,
+    tokens: Number,
+    revocations: Number,
+    root_not_after: Number,
+    intermediate_not_after: Number,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EvidenceLabel {
+    evidence: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+impl Metrics {
+    /// All at zero.
+    pub(crate) fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("sidegate_ca"),
+            issued: Family::default(),
+            refusals: Family::default(),
+            handshake_failures: Family::default(),
+            connections_refused: Family::default(),
+            frozen_lineages: Counter::default(),
+            connections: Number::default(),
+            gauges: Gauges::default(),
+        };
+        metrics.register_counters();
+        metrics.register_gauges();
+        metrics
+    }
+
+    fn register_counters(&mut self) {
+        let registry = &mut self.registry;
+        let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        registry.register("build", "The version that runs", version);
+        registry.register(
+            "issued",
+            "Certificates issued to workloads",
+            self.issued.clone(),
+        );
+        registry.register("refusals", "Requests refused", self.refusals.clone());
+        let failures = self.handshake_failures.clone();
+        registry.register("handshake_failures", "TLS handshakes that failed", failures);
+        let refused = self.connections_refused.clone();
+        registry.register("connections_refused", "Connections turned away", refused);
+        let frozen = self.frozen_lineages.clone();
+        registry.register("lineages_frozen", "SVIDs renewed with two keys", frozen);
+    }
+
+    fn register_gauges(&mut self) {
+        let Gauges {
+            watchers,
+            unacknowledged,
+            sequence,
+            ledger_entries,
+            certificates,
+            tokens,
+            revocations,
+            root_not_after,
+            intermediate_not_after,
+        } = &self.gauges;
+        let gauges = [
+            (
+                "connections_open",
+                "Connections of sidecars",
+                &self.connections,
+            ),
+            ("watchers", "Open bundle streams", watchers),
+            (
+                "identities_unacknowledged",
+                "Identities that have not put the current bundle to use",
+                unacknowledged,
+            ),
+            (
+                "bundle_sequence",
+                "Sequence of the current bundle",
+                sequence,
+            ),
+            ("ledger_entries", "Entries of the ledger", ledger_entries),
+            ("certificates", "Certificates in date", certificates),
+            ("tokens", "Join tokens that are not expired", tokens),
+            ("revocations", "Entries of the denylist", revocations),
+            (
+                "root_not_after_timestamp_seconds",
+                "End of the active root",
+                root_not_after,
+            ),
+            (
+                "intermediate_not_after_timestamp_seconds",
+                "End of the intermediate",
+                intermediate_not_after,
+            ),
+        ];
+        for (name, help, gauge) in gauges {
+            self.registry.register(name, help, gauge.clone());
+        }
+    }
+
+    /// Counts a certificate.
+    pub(crate) fn issued(&self, evidence: &'static str) {
+        let label = EvidenceLabel { evidence };
+        self.issued.get_or_create_owned(&label).inc();
+    }
+
+    /// Counts a refusal.
+    pub(crate) fn refused(&self, reason: &'static str) {
+        let label = ReasonLabel { reason };
+        self.refusals.get_or_create_owned(&label).inc();
+    }
+
+    /// Counts a failed handshake.
+    pub(crate) fn handshake_failed(&self, reason: &'static str) {
+        let label = ReasonLabel { reason };
+        self.handshake_failures.get_or_create_owned(&label).inc();
+    }
+
+    /// Counts a connection that was turned away.
+    pub(crate) fn connection_refused(&self, reason: &'static str) {
+        let label = ReasonLabel { reason };
+        self.connections_refused.get_or_create_owned(&label).inc();
+    }
+
+    /// The text that Prometheus reads.
+    pub(crate) fn text(&self, issuer: &Issuer) -> Result<String, std::fmt::Error> {
+        self.read_gauges(issuer);
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+
+    fn read_gauges(&self, issuer: &Issuer) {
+        let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let gauges = &self.gauges;
+        let registry = issuer.registry();
+        let watchers = issuer.watchers();
+        let sequence = registry.sequence();
+        let missing = watchers.missing(&registry, sequence, None).len();
+        gauges.watchers.set(number(watchers.len()));
+        gauges.unacknowledged.set(number(missing));
+        gauges.sequence.set(sequence.cast_signed());
+        gauges
+            .ledger_entries
+            .set(issuer.ledger.head().entries.cast_signed());
+        gauges.certificates.set(number(registry.certificates_len()));
+        gauges
+            .tokens
+            .set(number(registry.tokens(issuer.clock.now()).len()));
+        gauges.revocations.set(number(registry.revocations()));
+        let active = registry.root(crate::registry::RootState::Active);
+        let root_end = active.map_or(0, |root| unix_seconds(root.not_after));
+        gauges.root_not_after.set(root_end.cast_signed());
+        let end = unix_seconds(issuer.intermediate().not_after);
+        gauges.intermediate_not_after.set(end.cast_signed());
+    }
+}
+
+/// Serves `/metrics`, `/livez` and `/readyz` until `cancel`.
+pub(crate) async fn serve(listener: TcpListener, issuer: Arc<Issuer>, cancel: CancellationToken) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let stream = tokio::select! {
+            () = cancel.cancelled() => return,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(error = %error, "metrics port cannot accept");
+                    issuer.clock.sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+            issuer.metrics.connection_refused("metrics_connections_max");
+            continue;
+        };
+        let (serving, cancel) = (Arc::clone(&issuer), cancel.clone());
+        issuer.tracker.spawn(async move {
+            let served = serve_connection(stream, serving);
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = served => {}
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn serve_connection(stream: TcpStream, issuer: Arc<Issuer>) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let answer = answer(&request, &issuer);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(16 * 1024)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = connection.await {
+        tracing::debug!(error = %error, "metrics connection ended");
+    }
+}
+
+fn answer(request: &Request<Incoming>, issuer: &Issuer) -> Response<Full<Bytes>> {
+    let (status, body) = match (request.method(), request.uri().path()) {
+        (&Method::GET, "/livez") => (StatusCode::OK, "ok\n".to_owned()),
+        (&Method::GET, "/readyz") => match issuer.store.own_svid_is_trusted() {
+            Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
+            Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
+        },
+        (&Method::GET, "/metrics") => match issuer.metrics.text(issuer) {
+            Ok(text) => (StatusCode::OK, text),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        },
+        (&Method::GET, _) => (StatusCode::NOT_FOUND, "see /metrics\n".to_owned()),
+        _ => (StatusCode::METHOD_NOT_ALLOWED, "only GET\n".to_owned()),
+    };
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    let value = header::HeaderValue::from_static(if request.uri().path() == "/metrics" {
+        content_type
+    } else {
+        "text/plain; charset=utf-8"
+    });
+    response.headers_mut().insert(header::CONTENT_TYPE, value);
+    response
+}

@@ -1,0 +1,436 @@
+//! What sidecars talk to: gRPC over TLS 1.3, as the CA's own SPIFFE ID.
+//!
+//! A caller need not show a certificate, since it may come for its first one; a certificate that it
+//! shows must be good. So a request carries an identity only if TLS has proved it.
+//!
+//! Invariant: connections, handshakes, streams and messages are bounded, and callers without a
+//! certificate cannot use up what those with one need.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use sidegate_api::identity::identity_server::{Identity, IdentityServer};
+use sidegate_api::identity::issue_svid_request::Evidence as EvidenceMessage;
+use sidegate_api::identity::{
+    IssueSvidRequest, IssueSvidResponse, WatchBundleRequest, WatchBundleResponse,
+};
+use sidegate_mtls::{Acceptor, PeerCertificate};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::issuance::{Attested, EvidenceError, Refusal};
+use crate::issuer::Issuer;
+use crate::ledger::Evidence;
+
+/// How often an idle connection is asked whether it is still there.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// How long it may take to answer.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Largest header list of a request.
+const HEADER_BYTES_MAX: u32 = 16 * 1024;
+
+/// Serves the identity API until `cancel`, then lets open calls end.
+///
+/// # Errors
+///
+/// What gRPC's transport says.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    issuer: Arc<Issuer>,
+    cancel: CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    let limits = &issuer.config.limits;
+    let (accepted, incoming) = mpsc::channel(limits.handshakes_max);
+    let door = Arc::new(Door::new(Arc::clone(&issuer), accepted));
+    issuer.tracker.spawn(accept(listener, door, cancel.clone()));
+    let service = IdentityService {
+        issuer: Arc::clone(&issuer),
+        cancel: cancel.clone(),
+    };
+    let service = IdentityServer::new(service).max_decoding_message_size(limits.message_bytes_max);
+    Server::builder()
+        .timeout(limits.request_timeout)
+        .max_concurrent_streams(limits.streams_per_connection_max)
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .add_service(service)
+        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), cancel.cancelled_owned())
+        .await
+}
+
+/// Who may come in, and how many.
+struct Door {
+    issuer: Arc<Issuer>,
+    acceptor: Acceptor,
+    connections: Arc<Semaphore>,
+    /// Taken in addition by callers without a certificate.
+    anonymous: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+    accepted: mpsc::Sender<io::Result<Connection>>,
+}
+
+impl Door {
+    fn new(issuer: Arc<Issuer>, accepted: mpsc::Sender<io::Result<Connection>>) -> Self {
+        let limits = &issuer.config.limits;
+        let store = Arc::clone(&issuer.store);
+        let clock = Arc::clone(&issuer.clock);
+        Self {
+            acceptor: Acceptor::control_plane(store, limits.handshake_timeout, clock),
+            connections: Arc::new(Semaphore::new(limits.connections_max)),
+            anonymous: Arc::new(Semaphore::new(limits.connections_max / 2)),
+            handshakes: Arc::new(Semaphore::new(limits.handshakes_max)),
+            accepted,
+            issuer,
+        }
+    }
+
+    fn refuse(&self, reason: &'static str, address: SocketAddr) {
+        self.issuer.metrics.connection_refused(reason);
+        tracing::debug!(reason, peer.addr = %address, "connection refused");
+    }
+
+    async fn admit(&self, stream: TcpStream, address: SocketAddr, permits: Permits) {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(error = %error, "cannot set TCP_NODELAY");
+        }
+        let (stream, peer) = match self.acceptor.accept_optional(stream).await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                self.issuer.metrics.handshake_failed(error.code());
+                tracing::debug!(
+                    peer.addr = %address,
+                    reason = error.code(),
+                    claimed = error.claimed(),
+                    "handshake failed"
+                );
+                return;
+            }
+        };
+        let Permits {
+            connection,
+            handshake,
+        } = permits;
+        drop(handshake);
+        let anonymous = if peer.is_some() {
+            None
+        } else {
+            let Ok(permit) = Arc::clone(&self.anonymous).try_acquire_owned() else {
+                return self.refuse("anonymous_connections_max", address);
+            };
+            Some(permit)
+        };
+        self.issuer.metrics.connections.inc();
+        let connection = Connection {
+            stream,
+            caller: Caller {
+                address,
+                certificate: peer.map(|peer| peer.certificate),
+            },
+            _open: Open {
+                issuer: Arc::clone(&self.issuer),
+                _permits: (connection, anonymous),
+            },
+        };
+        // The server is gone only when everything is.
+        drop(self.accepted.send(Ok(connection)).await);
+    }
+}
+
+struct Permits {
+    connection: OwnedSemaphorePermit,
+    handshake: OwnedSemaphorePermit,
+}
+
+async fn accept(listener: TcpListener, door: Arc<Door>, cancel: CancellationToken) {
+    loop {
+        let (stream, address) = tokio::select! {
+            () = cancel.cancelled() => return,
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of file descriptors, most likely: some will be closed soon.
+                    tracing::warn!(error = %error, "cannot accept connections");
+                    door.issuer.clock.sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        let Ok(connection) = Arc::clone(&door.connections).try_acquire_owned() else {
+            door.refuse("connections_max", address);
+            continue;
+        };
+        let Ok(handshake) = Arc::clone(&door.handshakes).try_acquire_owned() else {
+            door.refuse("handshakes_max", address);
+            continue;
+        };
+        let permits = Permits {
+            connection,
+            handshake,
+        };
+        let (admitting, cancel) = (Arc::clone(&door), cancel.clone());
+        door.issuer.tracker.spawn(async move {
+            let admitted = admitting.admit(stream, address, permits);
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = admitted => {}
+            }
+        });
+    }
+}
+
+/// Who is at the other end, as TLS has proved it.
+#[derive(Clone, Debug)]
+struct Caller {
+    address: SocketAddr,
+    certificate: Option<Arc<PeerCertificate>>,
+}
+
+/// One authenticated connection.
+struct Connection {
+    stream: TlsStream<TcpStream>,
+    caller: Caller,
+    _open: Open,
+}
+
+/// Counts a connection for as long as it lives.
+struct Open {
+    issuer: Arc<Issuer>,
+    _permits: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.issuer.metrics.connections.dec();
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Caller;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        self.caller.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+struct IdentityService {
+    issuer: Arc<Issuer>,
+    cancel: CancellationToken,
+}
+
+#[tonic::async_trait]
+impl Identity for IdentityService {
+    async fn issue_svid(
+        &self,
+        request: Request<IssueSvidRequest>,
+    ) -> Result<Response<IssueSvidResponse>, Status> {
+        let caller = caller(&request)?;
+        let issued = self.issue(&caller, request.into_inner()).await;
+        issued.map(Response::new).map_err(|refusal| {
+            self.issuer.metrics.refused(refusal.code());
+            tracing::debug!(
+                peer.addr = %caller.address,
+                peer.id = caller.certificate.as_ref().map(|shown| shown.id.as_str()),
+                reason = refusal.code(),
+                "svid refused"
+            );
+            refusal.status()
+        })
+    }
+
+    type WatchBundleStream = ReceiverStream<Result<WatchBundleResponse, Status>>;
+
+    async fn watch_bundle(
+        &self,
+        request: Request<Streaming<WatchBundleRequest>>,
+    ) -> Result<Response<Self::WatchBundleStream>, Status> {
+        let caller = caller(&request)?;
+        let max = self.issuer.config.limits.watchers_max;
+        let stream = {
+            let registry = self.issuer.registry();
+            let named = caller.certificate.as_ref().and_then(|shown| {
+                let serial = crate::digest::Serial::from_bytes(shown.serial.as_bytes())?;
+                let issued = registry.certificate(&serial)?;
+                Some((shown.id.clone(), issued.lineage))
+            });
+            self.issuer.watchers().open(named, caller.address, max)
+        };
+        let stream = stream.ok_or_else(|| {
+            self.issuer.metrics.refused("watchers_max");
+            Status::resource_exhausted("too many bundle streams are open; try again later")
+        })?;
+        // One: a caller that reads slowly gets the latest bundle, not all of them.
+        let (answers, receiver) = mpsc::channel(1);
+        let watch = Watch {
+            issuer: Arc::clone(&self.issuer),
+            stream,
+            answers,
+        };
+        let cancel = self.cancel.clone();
+        self.issuer
+            .tracker
+            .spawn(watch.run(request.into_inner(), cancel));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+impl IdentityService {
+    async fn issue(
+        &self,
+        caller: &Caller,
+        message: IssueSvidRequest,
+    ) -> Result<IssueSvidResponse, Refusal> {
+        let attested = self.attest(caller, message.evidence)?;
+        let kind = match attested.evidence {
+            Evidence::JoinToken(_) => "join-token",
+            Evidence::Svid(_) => "svid",
+            Evidence::Own => "self",
+        };
+        let spiffe_id = attested.id.to_string();
+        let chain = self.issuer.issue(&message.csr, attested).await?;
+        self.issuer.metrics.issued(kind);
+        Ok(IssueSvidResponse {
+            chain: chain.iter().map(|der| der.to_vec()).collect(),
+            spiffe_id,
+        })
+    }
+
+    fn attest(
+        &self,
+        caller: &Caller,
+        evidence: Option<EvidenceMessage>,
+    ) -> Result<Attested, Refusal> {
+        let now = self.issuer.clock.now();
+        match evidence {
+            Some(EvidenceMessage::JoinToken(token)) => {
+                self.issuer.registry().attest_token(&token.token, now)
+            }
+            Some(EvidenceMessage::CurrentSvid(_)) => {
+                let shown = caller
+                    .certificate
+                    .as_ref()
+                    .ok_or(EvidenceError::NoCertificate)?;
+                // Again, since the handshake may be long past and a root or the caller gone.
+                let verifier = self.issuer.verifier();
+                let peer = verifier
+                    .verify(&shown.chain, now, Some(&shown.id))
+                    .map_err(EvidenceError::Certificate)?;
+                self.issuer.registry().attest_svid(&peer)
+            }
+            Some(EvidenceMessage::ServiceAccountToken(_)) => Err(EvidenceError::Unsupported.into()),
+            None => Err(EvidenceError::Missing.into()),
+        }
+    }
+}
+
+/// One open `WatchBundle` stream.
+struct Watch {
+    issuer: Arc<Issuer>,
+    stream: u64,
+    answers: mpsc::Sender<Result<WatchBundleResponse, Status>>,
+}
+
+impl Watch {
+    async fn run(self, mut requests: Streaming<WatchBundleRequest>, cancel: CancellationToken) {
+        let mut bundle = self.issuer.subscribe();
+        bundle.mark_changed();
+        let mut listening = true;
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                () = self.answers.closed() => break,
+                changed = bundle.changed() => {
+                    let message = bundle.borrow_and_update().as_ref().clone();
+                    if changed.is_err() || !self.send(message, &mut requests, &mut listening).await {
+                        break;
+                    }
+                }
+                message = requests.message(), if listening => {
+                    listening = self.hear(message);
+                }
+            }
+        }
+    }
+
+    /// Acknowledgements are heard also while a slow reader keeps the answer waiting.
+    async fn send(
+        &self,
+        message: WatchBundleResponse,
+        requests: &mut Streaming<WatchBundleRequest>,
+        listening: &mut bool,
+    ) -> bool {
+        let sending = self.answers.send(Ok(message));
+        tokio::pin!(sending);
+        loop {
+            tokio::select! {
+                sent = &mut sending => return sent.is_ok(),
+                message = requests.message(), if *listening => {
+                    *listening = self.hear(message);
+                }
+            }
+        }
+    }
+
+    /// Whether there may be more to hear.
+    fn hear(&self, message: Result<Option<WatchBundleRequest>, Status>) -> bool {
+        let Ok(Some(message)) = message else {
+            return false;
+        };
+        let published = self.issuer.registry().sequence();
+        let mut watchers = self.issuer.watchers();
+        watchers.acknowledge(self.stream, &message, published);
+        true
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.issuer.watchers().close(self.stream);
+    }
+}
+
+fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+    let caller = request.extensions().get::<Caller>();
+    caller
+        .cloned()
+        .ok_or_else(|| Status::internal("the connection has no facts"))
+}
