@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::decision::{Decision, Verdict};
 use crate::policy::{
     Ask, Caller, Effect, Found, From, Glob, HostName, HttpAsk, Names, Policy, Ports, Rule,
-    Selected, To, ToGrpc, ToHttp, path_segments,
+    Selected, To, ToGrpc, ToHttp,
 };
 
 /// Why one call is allowed or denied.
@@ -323,7 +323,7 @@ fn check_method(methods: &Names, method: &str, effect: Effect) -> Outcome {
 }
 
 fn check_path(paths: &[Glob], ask: &HttpAsk<'_>, effect: Effect) -> Outcome {
-    let mut segments: Vec<&str> = path_segments(ask.path.as_str()).collect();
+    let mut segments: Vec<&str> = ask.path.segments().collect();
     if effect == Effect::Deny && segments.last() == Some(&"") {
         segments.pop();
     }

@@ -43,7 +43,7 @@ mod trie;
 mod warn;
 
 pub(crate) use evaluate::Found;
-pub(crate) use glob::{Glob, path_segments};
+pub(crate) use glob::Glob;
 pub(crate) use lower::name_forms;
 pub use lower::selects;
 pub use rule::Effect;

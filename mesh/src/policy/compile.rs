@@ -21,22 +21,26 @@ pub(super) struct Vocabulary {
 }
 
 impl Vocabulary {
-    /// The numbers by which rules may know a caller, at most three.
+    /// The numbers by which rules may know a caller: at most three, and how many.
     pub(super) fn callers(&self, caller: Caller<'_>, own: &TrustDomain) -> ([Symbol; 3], usize) {
         let Caller::Mesh(id) = caller else {
             return ([caller::UNAUTHENTICATED, UNKNOWN, UNKNOWN], 1);
         };
         let exact = even(self.identities.find(id.as_str()));
-        if id.trust_domain() != own.as_str() {
-            return ([exact, UNKNOWN, UNKNOWN], 1);
-        }
-        match id.workload() {
-            Some((namespace, _)) if !self.namespaces.is_empty() => {
-                let namespace = odd(self.namespaces.find(namespace));
-                ([exact, caller::ANYONE, namespace], 3)
+        let is_own = id.trust_domain() == own.as_str();
+        let workload = id
+            .workload()
+            .filter(|_| is_own && !self.namespaces.is_empty());
+        let namespace = workload.map_or(UNKNOWN, |(name, _)| odd(self.namespaces.find(name)));
+        let anyone = if is_own { caller::ANYONE } else { UNKNOWN };
+        let (mut known, mut count) = ([UNKNOWN; 3], 0);
+        for symbol in [exact, anyone, namespace] {
+            if let Some(slot) = known.get_mut(count).filter(|_| symbol != UNKNOWN) {
+                *slot = symbol;
+                count += 1;
             }
-            _ => ([exact, caller::ANYONE, UNKNOWN], 2),
         }
+        (known, count)
     }
 
     /// The number of an upgrade token in any case, or [`UNKNOWN`].

@@ -1,7 +1,6 @@
 //! One decision: a few lookups, nothing allocated.
 
 use super::compile::{PortTables, Table, Vocabulary};
-use super::glob::path_segments;
 use super::leaf::{Case, Method, NO_RANK, Rank, Wanted, host, kind};
 use super::rule::Effect;
 use super::symbols::{Symbol, UNKNOWN};
@@ -52,32 +51,37 @@ pub(super) fn find(
     let callers = callers.get(..known).unwrap_or_default();
     match ask {
         Ask::Opaque => {
-            let who = |table: &Table| find_opaque(table, callers);
-            let allow = if tables.carries_opaque {
-                who(&tables.allow)
-            } else {
-                NO_RANK
+            let deny = |table: &Table| find_opaque(table, callers);
+            let allow = |table: &Table| {
+                let carried = tables.carries_opaque;
+                if carried {
+                    find_opaque(table, callers)
+                } else {
+                    NO_RANK
+                }
             };
-            let audit = tables.audit.as_deref();
-            Found {
-                deny: who(&tables.deny),
-                allow,
-                audit_deny: audit.map_or(NO_RANK, |(deny, _)| who(deny)),
-                audit_allow: audit.map_or(NO_RANK, |(_, allow)| who(allow)),
-            }
+            find_in(tables, deny, allow)
         }
         Ask::Http(ask) => {
             let call = HttpCall::new(ask, vocabulary);
             let deny = |table: &Table| call.find_deny(table, callers);
             let allow = |table: &Table| call.find_allow(table, callers);
-            let audit = tables.audit.as_deref();
-            Found {
-                deny: deny(&tables.deny),
-                allow: allow(&tables.allow),
-                audit_deny: audit.map_or(NO_RANK, |(table, _)| deny(table)),
-                audit_allow: audit.map_or(NO_RANK, |(_, table)| allow(table)),
-            }
+            find_in(tables, deny, allow)
         }
+    }
+}
+
+fn find_in(
+    tables: &PortTables,
+    deny: impl Fn(&Table) -> Rank,
+    allow: impl Fn(&Table) -> Rank,
+) -> Found {
+    let audit = tables.audit.as_deref();
+    Found {
+        deny: deny(&tables.deny),
+        allow: allow(&tables.allow),
+        audit_deny: audit.map_or(NO_RANK, |(table, _)| deny(table)),
+        audit_allow: audit.map_or(NO_RANK, |(_, table)| allow(table)),
     }
 }
 
@@ -106,7 +110,7 @@ struct HttpCall<'a> {
 impl<'a> HttpCall<'a> {
     fn new(ask: &HttpAsk<'a>, vocabulary: &Vocabulary) -> Self {
         let mut path = PathSymbols::new(UNKNOWN);
-        for segment in path_segments(ask.path.as_str()) {
+        for segment in ask.path.segments() {
             path.push(match segment {
                 "" => EMPTY_SEGMENT,
                 _ => vocabulary.segments.find(segment),

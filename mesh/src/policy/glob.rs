@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use crate::resource::{PathPattern, PatternSegment};
+
 /// One segment of a pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Segment {
@@ -24,27 +26,37 @@ pub(crate) struct Glob {
 }
 
 impl Glob {
-    /// The pattern `text`, which the resource's check has found well formed.
-    pub(crate) fn new(text: &str) -> Self {
-        let mut segments: Vec<Segment> = Vec::new();
-        for segment in path_segments(text) {
-            match segment {
-                "*" => segments.push(Segment::One),
-                // Two in a row say no more than one does.
-                "**" if segments.last() == Some(&Segment::Any) => {}
-                "**" => segments.push(Segment::Any),
-                literal => segments.push(Segment::Literal(literal.into())),
-            }
-        }
+    /// A resource's pattern.
+    pub(crate) fn new(pattern: &PathPattern) -> Self {
+        let segments = pattern.segments().iter().map(|segment| match segment {
+            PatternSegment::Literal(text) => Segment::Literal(text.clone()),
+            PatternSegment::One => Segment::One,
+            PatternSegment::Many => Segment::Any,
+        });
         Self {
-            text: text.into(),
-            segments,
+            text: pattern.as_str().into(),
+            segments: segments.collect(),
+        }
+    }
+
+    /// The path of a gRPC method, or of every method when it is `*`.
+    pub(crate) fn grpc(service: &str, method: &str) -> Self {
+        let last = match method {
+            "*" => Segment::One,
+            name => Segment::Literal(name.into()),
+        };
+        Self {
+            text: format!("/{service}/{method}").into(),
+            segments: vec![Segment::Literal(service.into()), last],
         }
     }
 
     /// `/**`: every path.
     pub(crate) fn everything() -> Self {
-        Self::new("/**")
+        Self {
+            text: "/**".into(),
+            segments: vec![Segment::Any],
+        }
     }
 
     pub(crate) fn segments(&self) -> &[Segment] {
@@ -97,25 +109,17 @@ impl fmt::Display for Glob {
     }
 }
 
-/// The segments of a canonical path: none for `/`, an empty last one for a trailing `/`. The `*` of
-/// `OPTIONS *` is one empty segment, which only `**` covers.
-pub(crate) fn path_segments(path: &str) -> impl Iterator<Item = &str> {
-    let rest = path.strip_prefix('/').unwrap_or_default();
-    rest.split('/').skip(usize::from(path == "/"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::path::CanonicalPath;
 
     #[track_caller]
     fn check(glob: &str, path: &str, expected: bool) {
-        let segments: Vec<&str> = path_segments(path).collect();
-        assert_eq!(
-            Glob::new(glob).matches(&segments),
-            expected,
-            "{glob} {path}"
-        );
+        let path: CanonicalPath = path.parse().unwrap();
+        let segments: Vec<&str> = path.segments().collect();
+        let matches = Glob::new(&glob.parse().unwrap()).matches(&segments);
+        assert_eq!(matches, expected, "{glob} {path}");
     }
 
     #[test]
@@ -141,7 +145,9 @@ mod tests {
         check("/**/c", "/a/b", false);
         check("/a/**/b/**/c", "/a/b/b/x/c", true);
         check("/a/**/b/**/c", "/a/x/c", false);
-        check("/**/**", "/", true);
+        check("/**/", "/", true);
+        check("/**/", "/a/", true);
+        check("/**/", "/a", false);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::symbols::Symbol;
+use super::symbols::{FastMap, Symbol};
 
 /// The place of a rule in the order in which matching rules are named: the lowest decides.
 pub(super) type Rank = u32;
@@ -14,7 +14,7 @@ pub(super) type Rank = u32;
 pub(super) const NO_RANK: Rank = Rank::MAX;
 
 /// Whom, for which host and for which kind of request an entry concerns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Key {
     pub(super) caller: Symbol,
     pub(super) host: Symbol,
@@ -160,12 +160,8 @@ pub(super) fn add(entries: &mut Entries, key: Key, rank: Rank, mut methods: Meth
     }
 }
 
-/// What the rules of one key say, in the order of their ranks.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) key: Key,
-    pub(super) rules: Box<[(Rank, MethodSet)]>,
-}
+/// What the rules under one pattern say: by key, in the order of their ranks.
+pub(super) type Leaf = FastMap<Key, Box<[(Rank, MethodSet)]>>;
 
 /// What one request looks for in every leaf.
 #[derive(Clone, Copy, Debug)]
@@ -177,22 +173,20 @@ pub(super) struct Wanted<'a> {
     pub(super) case: Case,
 }
 
-/// The lowest rank in `leaf`, sorted by key, that admits what is wanted; [`NO_RANK`] for none.
-pub(super) fn find(leaf: &[Entry], wanted: &Wanted<'_>) -> Rank {
+/// The lowest rank in `leaf` that admits what is wanted; [`NO_RANK`] for none.
+pub(super) fn find(leaf: &Leaf, wanted: &Wanted<'_>) -> Rank {
     let mut best = NO_RANK;
+    if leaf.is_empty() {
+        return best;
+    }
     for &caller in wanted.callers {
         for &host in wanted.hosts {
             for &kind in wanted.kinds {
-                let key = Key { caller, host, kind };
-                let Ok(at) = leaf.binary_search_by_key(&key, |entry| entry.key) else {
+                let Some(rules) = leaf.get(&Key { caller, host, kind }) else {
                     continue;
                 };
-                let Some(Entry { rules, .. }) = leaf.get(at) else {
-                    continue;
-                };
-                let first = rules
-                    .iter()
-                    .find(|(_, methods)| wanted.method.is_in(methods, wanted.case));
+                let mut rules = rules.iter();
+                let first = rules.find(|(_, methods)| wanted.method.is_in(methods, wanted.case));
                 best = first.map_or(best, |(rank, _)| best.min(*rank));
             }
         }

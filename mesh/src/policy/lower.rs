@@ -164,7 +164,7 @@ fn lower_target(target: &Target, own: &str, workload: &Workload) -> To {
             upgrades,
         } => To::Http(ToHttp {
             methods: lower_names(methods),
-            paths: paths.iter().map(|path| Glob::new(path.as_str())).collect(),
+            paths: paths.iter().map(Glob::new).collect(),
             hosts: hosts.as_ref().map(|hosts| {
                 let hosts = hosts.iter();
                 hosts.map(|host| lower_host(host, own, workload)).collect()
@@ -181,7 +181,7 @@ fn lower_target(target: &Target, own: &str, workload: &Workload) -> To {
             methods: lower_names(methods),
             paths: methods
                 .iter()
-                .map(|method| Glob::new(&format!("/{service}/{method}")))
+                .map(|method| Glob::grpc(service, method))
                 .collect(),
         }),
         Target::Tcp {} => To::Tcp,

@@ -15,10 +15,13 @@ pub(super) const FIRST: Symbol = 8;
 /// What no table holds: a name that no policy mentions.
 pub(super) const UNKNOWN: Symbol = Symbol::MAX;
 
+/// A map from what a policy holds.
+pub(super) type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<NameHasher>>;
+
 /// The names of one sort that the policies mention.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Symbols {
-    numbers: HashMap<Box<str>, Symbol, BuildHasherDefault<NameHasher>>,
+    numbers: FastMap<Box<str>, Symbol>,
 }
 
 impl Symbols {
@@ -63,6 +66,10 @@ impl Hasher for NameHasher {
             *to = *from;
         }
         self.add(u64::from_le_bytes(last));
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        self.add(u64::from(number));
     }
 
     fn write_u8(&mut self, byte: u8) {

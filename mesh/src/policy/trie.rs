@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 
 use super::glob::{Glob, Segment};
-use super::leaf::{self, Entries, Entry, Key, MethodSet, NO_RANK, Rank, Wanted};
-use super::symbols::{Symbol, Symbols};
+use super::leaf::{self, Entries, Key, Leaf, MethodSet, NO_RANK, Rank, Wanted};
+use super::symbols::{FastMap, Symbol, Symbols, UNKNOWN};
 
 /// How many segments of a path fit without allocation.
 const SEGMENTS_INLINE: usize = 32;
@@ -206,12 +206,10 @@ pub(super) struct Trie {
 
 #[derive(Debug)]
 struct Node {
-    /// Sorted by symbol.
-    literal: Box<[(Symbol, NodeId)]>,
+    literal: FastMap<Symbol, NodeId>,
     one: NodeId,
     any: NodeId,
-    /// Sorted by key.
-    entries: Box<[Entry]>,
+    leaf: Leaf,
     /// One bit for some caller of each entry here or below: without it there is nothing to find.
     callers: u64,
     /// The lowest rank here or below.
@@ -228,19 +226,16 @@ impl Node {
             literal: growing.literal.into_iter().collect(),
             one: growing.one.unwrap_or(NO_NODE),
             any: growing.any.unwrap_or(NO_NODE),
-            entries: growing
+            leaf: growing
                 .entries
                 .into_iter()
-                .map(|(key, rules)| Entry {
-                    key,
-                    rules: rules.into(),
-                })
+                .map(|(key, rules)| (key, rules.into()))
                 .collect(),
         }
     }
 
     fn children(&self) -> impl Iterator<Item = NodeId> {
-        let literal = self.literal.iter().map(|(_, child)| *child);
+        let literal = self.literal.values().copied();
         literal.chain(
             [self.one, self.any]
                 .into_iter()
@@ -252,14 +247,11 @@ impl Node {
         self.one != NO_NODE || self.any != NO_NODE || !self.literal.is_empty()
     }
 
-    fn literal(&self, symbol: Symbol) -> NodeId {
-        match self
-            .literal
-            .binary_search_by_key(&symbol, |(symbol, _)| *symbol)
-        {
-            Ok(at) => self.literal.get(at).map_or(NO_NODE, |(_, child)| *child),
-            Err(_) => NO_NODE,
+    fn literal(&self, symbol: Symbol) -> Option<NodeId> {
+        if symbol == UNKNOWN || self.literal.is_empty() {
+            return None;
         }
+        self.literal.get(&symbol).copied()
     }
 }
 
@@ -344,7 +336,7 @@ impl Walk<'_> {
                 });
             }
         } else if at == self.path.len {
-            self.best = self.best.min(leaf::find(&node.entries, self.wanted));
+            self.best = self.best.min(leaf::find(&node.leaf, self.wanted));
         }
         if node.any != NO_NODE {
             self.enter_any(node.any, step.at);
@@ -355,7 +347,7 @@ impl Walk<'_> {
             at: step.at + 1,
             sweep_until: 0,
         };
-        let literal = Some(node.literal(segment)).filter(|child| *child != NO_NODE);
+        let literal = node.literal(segment);
         let one = Some(node.one).filter(|child| *child != NO_NODE && segment != EMPTY_SEGMENT);
         if let (Some(_), Some(one)) = (literal, one) {
             self.open.push(to(one));
@@ -371,7 +363,7 @@ impl Walk<'_> {
         if !self.may_find(node) {
             return;
         }
-        self.best = self.best.min(leaf::find(&node.entries, self.wanted));
+        self.best = self.best.min(leaf::find(&node.leaf, self.wanted));
         if !node.has_children() {
             return;
         }
