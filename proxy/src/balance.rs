@@ -22,7 +22,7 @@ use crate::retry::Budget;
 /// Services whose state is kept though nobody calls them at the moment.
 const SERVICES_KEPT_MAX: usize = 1024;
 
-/// What a new endpoint is assumed to take, so that it is tried early and not flooded.
+/// What an endpoint that has not answered yet is assumed to take while it is being tried.
 const LATENCY_DEFAULT: f64 = 0.03;
 
 /// How fast an observation loses its weight.
@@ -294,10 +294,15 @@ impl EndpointState {
             .is_none_or(|until| until <= now)
     }
 
+    /// An endpoint of which nothing is known costs nothing until somebody tries it: it is tried
+    /// early, and not flooded.
     fn cost(&self, now: Instant) -> f64 {
-        let latency = lock(&self.latency).decayed(now);
         let pending = u32::try_from(self.pending.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        latency * f64::from(pending.saturating_add(1))
+        let latency = lock(&self.latency);
+        if latency.at.is_none() && pending == 0 {
+            return 0.0;
+        }
+        latency.decayed(now) * f64::from(pending.saturating_add(1))
     }
 }
 
@@ -335,7 +340,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// The head of the response has come.
+    /// The head of the response has come, or the endpoint has failed the call: how fast it fails
+    /// counts as well, since otherwise one that always fails would stay unknown.
     pub fn observe(&self) {
         let now = Instant::now();
         let seconds = now.saturating_duration_since(self.begun).as_secs_f64();
@@ -496,6 +502,18 @@ mod tests {
         for _ in 0..100 {
             assert_eq!(target.choose(&[0, 1]), Some(1));
         }
+    }
+
+    #[test]
+    fn an_unknown_endpoint_is_tried_first_and_by_one_call_at_a_time() {
+        let (services, _clock) = services();
+        let target = services.target(orders(2));
+        let known = target.begin(0).unwrap();
+        known.observe();
+        drop(known);
+        assert_eq!(target.choose(&[0, 1]), Some(1));
+        let _trying = target.begin(1).unwrap();
+        assert_eq!(target.choose(&[0, 1]), Some(0));
     }
 
     #[test]

@@ -256,8 +256,8 @@ async fn send(
         sending.begin();
     }
     let head = answer(&mut response, |interim| sending.interim(interim)).await;
-    let response = head.map_err(|error| failure(&error, &sending.slot, call))?;
     load.observe();
+    let response = head.map_err(|error| failure(&error, &sending.slot, call))?;
     Ok(sending.answered(response, load))
 }
 
