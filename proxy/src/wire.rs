@@ -41,6 +41,9 @@ const HEADER_LIST_SLACK: u32 = 64 * 1024;
 /// Dynamic header table, as the peers of this protocol keep it.
 const HEADER_TABLE_SIZE: u32 = 4096;
 
+/// Streams that may be begun before the peer has said how many it takes.
+const INITIAL_STREAMS: usize = 100;
+
 /// What HPACK adds to each field when a list is measured (RFC 9113, 6.5.2).
 const FIELD_OVERHEAD: usize = 32;
 
@@ -177,6 +180,9 @@ impl WireLimits {
             .max_header_list_size(self.header_list_bytes_max.saturating_add(HEADER_LIST_SLACK))
             .header_table_size(HEADER_TABLE_SIZE)
             .enable_push(false)
+            // Until its SETTINGS say how many streams the peer takes; h2 would begin any number, and
+            // the peer refuse them.
+            .initial_max_send_streams(INITIAL_STREAMS)
             // A stream that its caller gave up is remembered for a moment, so that the peer's
             // last frames on it are no error.
             .reset_stream_duration(Duration::from_secs(5));

@@ -65,14 +65,8 @@ impl Session {
         let mut leaving = false;
         loop {
             tokio::select! {
-                next = http2.accept() => match next {
-                    Some(Ok((request, respond))) => self.begin(request, respond, leaving),
-                    Some(Err(_)) | None => return,
-                },
-                () = &mut leave, if !leaving => {
-                    leaving = true;
-                    http2.graceful_shutdown();
-                }
+                // What ends the connection comes before what it brings.
+                biased;
                 () = &mut end => {
                     self.link.cut("expired");
                     return self.close(http2, wire::certificate_ended()).await;
@@ -84,6 +78,14 @@ impl Session {
                     self.link.end_calls(&Ending::Drained);
                     return self.close(http2, Reason::NO_ERROR).await;
                 }
+                () = &mut leave, if !leaving => {
+                    leaving = true;
+                    http2.graceful_shutdown();
+                }
+                next = http2.accept() => match next {
+                    Some(Ok((request, respond))) => self.begin(request, respond, leaving),
+                    Some(Err(_)) | None => return,
+                },
                 () = &mut alive => return,
             }
         }
