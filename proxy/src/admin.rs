@@ -64,7 +64,7 @@ impl Respond for Admin {
             "/snapshot" => page(&self.snapshot()),
             "/certs" => page(&self.certificates()),
             "/connections" => page(&self.shared.connections.list()),
-            "/denials" => page(&json!([])),
+            "/denials" => page(&self.denials()),
             _ => words(StatusCode::NOT_FOUND, "see / for what there is"),
         }
     }
@@ -144,6 +144,14 @@ impl Admin {
             "bundle": bundle,
             "renewals": self.renewals(),
         })
+    }
+
+    fn denials(&self) -> Vec<Value> {
+        let lines = self.shared.log.denials().into_iter();
+        // A line is JSON; were one not, it is shown as the text that it is.
+        lines
+            .map(|line| serde_json::from_str(&line).unwrap_or(Value::String(line)))
+            .collect()
     }
 
     fn renewals(&self) -> Value {

@@ -110,11 +110,9 @@ fn run(path: &Path, print_only: bool) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             let usage = error.downcast_ref::<StartError>().is_some_and(is_usage);
-            error!(error = format!("{error:#}"), "sidecar not started");
-            fail(
-                if usage { WRONG_USAGE } else { FAILED },
-                &format!("{error:#}"),
-            )
+            // A diagnostic, as everything from here on: whoever reads the stream expects JSON lines.
+            error!(error = format!("{error:#}"), "sidecar failed");
+            ExitCode::from(if usage { WRONG_USAGE } else { FAILED })
         }
     }
 }
@@ -136,9 +134,14 @@ fn hide_memory() {
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
     let sidecar = Sidecar::start(config, Arc::new(SystemClock))?;
-    tokio::select! {
-        () = signals.next() => {}
-        failure = sidecar.failed() => return Err(failure.into()),
+    loop {
+        tokio::select! {
+            asked = signals.next() => match asked {
+                Asked::End => break,
+                Asked::Reopen => sidecar.shared().log.reopen(),
+            },
+            failure = sidecar.failed() => return Err(failure.into()),
+        }
     }
     tokio::select! {
         clean = sidecar.drain() => {
@@ -147,7 +150,7 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        () = signals.next() => {
+        () = signals.end() => {
             warn!("second signal, exit without waiting for open calls");
             Ok(ExitCode::from(FAILED))
         }
@@ -155,10 +158,20 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// What asks the process to end.
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    /// To end: SIGTERM, SIGINT.
+    End,
+    /// To open the access log anew: SIGHUP.
+    Reopen,
+}
+
+/// The signals that are heard.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hang_up: Signal,
 }
 
 impl Signals {
@@ -167,14 +180,20 @@ impl Signals {
         Ok(Self {
             terminate: of(SignalKind::terminate())?,
             interrupt: of(SignalKind::interrupt())?,
+            hang_up: of(SignalKind::hangup())?,
         })
     }
 
-    async fn next(&mut self) {
+    async fn next(&mut self) -> Asked {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Asked::End,
+            _ = self.interrupt.recv() => Asked::End,
+            _ = self.hang_up.recv() => Asked::Reopen,
         }
+    }
+
+    async fn end(&mut self) {
+        while self.next().await != Asked::End {}
     }
 }
 

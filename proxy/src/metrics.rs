@@ -29,6 +29,8 @@ pub struct Metrics {
     pub requests_in_flight: Gauge,
     /// Records of the access log that were dropped because its queue was full.
     pub access_log_dropped: Counter,
+    /// Attempts to write the access log that failed.
+    pub access_log_write_failures: Counter,
     /// Number of the snapshot in force; 0 before the first.
     pub snapshot_number: Gauge<u64, AtomicU64>,
     /// Changes of a resource, or of all of them, that were refused.
@@ -78,6 +80,7 @@ impl Metrics {
         let metrics = Self {
             requests_in_flight: Gauge::default(),
             access_log_dropped: Counter::default(),
+            access_log_write_failures: Counter::default(),
             snapshot_number: Gauge::default(),
             snapshot_rejections: Counter::default(),
             renewals_ok: renewal("ok"),
@@ -139,6 +142,11 @@ impl Metrics {
             "sidegate_access_log_dropped",
             "Records of the access log that were dropped",
             self.access_log_dropped.clone(),
+        );
+        registry.register(
+            "sidegate_access_log_write_failures",
+            "Attempts to write the access log that failed",
+            self.access_log_write_failures.clone(),
         );
         registry.register(
             "sidegate_limit_refusals",

@@ -113,7 +113,11 @@ impl Sidecar {
         let bound = worker::bind(&config)?;
         let mut registry = Registry::default();
         let metrics = Arc::new(Metrics::new(&mut registry, config.limits.metric_series_max));
-        let log = access_log::Handle::discarding();
+        let counters = access_log::Counters {
+            dropped: metrics.access_log_dropped.clone(),
+            write_failures: metrics.access_log_write_failures.clone(),
+        };
+        let log = access_log::start(&config.log, counters).map_err(StartError::Log)?;
         let shared = Arc::new(Shared {
             workload,
             state: State::new(),
@@ -210,6 +214,9 @@ impl Sidecar {
             .start(config.drain_grace, config.drain_timeout);
         let clean = self.shared.drain.finish().await;
         self.join().await;
+        if !self.shared.log.flush().await {
+            error!("the end of the access log could not be written");
+        }
         info!(clean, "drain ended");
         clean
     }
