@@ -15,6 +15,7 @@ pub mod routes;
 pub mod snapshot;
 pub mod spiffe;
 pub mod store;
+pub mod validate;
 pub mod workload;
 
 pub use clock::{Clock, ManualClock};
