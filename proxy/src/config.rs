@@ -429,6 +429,28 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// The defaults of a sidecar for `workload`, which has no ports yet.
+    pub fn new(workload: WorkloadConfig, ca: CaConfig, resources: PathBuf) -> Self {
+        Self {
+            workload,
+            ca,
+            resources,
+            ports: Vec::new(),
+            outbound: OutboundConfig::default(),
+            inbound: InboundConfig::default(),
+            admin: AdminConfig::default(),
+            health: HealthConfig::default(),
+            upstreams: Vec::new(),
+            log: LogConfig::default(),
+            diagnostics: DiagnosticsConfig::default(),
+            state: None,
+            workers: default_workers(),
+            drain_grace: default_drain_grace(),
+            drain_timeout: default_drain_timeout(),
+            limits: LimitsConfig::default(),
+        }
+    }
+
     /// Reads and checks a file. Relative paths in it are relative to its folder.
     ///
     /// # Errors
