@@ -3,6 +3,9 @@
 //! Invariant: no service knows that it is in a mesh. `web` reaches the others only through the
 //! addresses of its own sidecar; nothing here calls another service directly.
 
+pub mod calls;
+pub mod client;
+pub mod mesh;
 pub mod shop;
 
 /// The shop's gRPC messages, client and server, generated from `proto/shop/v1/inventory.proto`.

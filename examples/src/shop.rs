@@ -45,7 +45,19 @@ where
     S: FnOnce(TcpListener, CancellationToken) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let listener = TcpListener::bind(listen).await?;
+    start_on(TcpListener::bind(listen).await?, serve)
+}
+
+/// Serves with what `serve` makes of `listener` and the signal to stop.
+///
+/// # Errors
+///
+/// When the listener has no address.
+fn start_on<S, F>(listener: TcpListener, serve: S) -> io::Result<Running>
+where
+    S: FnOnce(TcpListener, CancellationToken) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
     let running = Running {
         address: listener.local_addr()?,
         stop: CancellationToken::new(),

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use sidegate_examples::shop::{Running, inventory, ledger, orders, web};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Runs one service of the sample shop until SIGTERM or Ctrl-C.
@@ -70,7 +71,10 @@ async fn start(service: Service) -> std::io::Result<Running> {
             listen,
             outbound,
             ledger,
-        } => web::serve(listen.listen, web::Reach { outbound, ledger }).await,
+        } => {
+            let listener = TcpListener::bind(listen.listen).await?;
+            web::serve(listener, web::Reach { outbound, ledger })
+        }
     }
 }
 

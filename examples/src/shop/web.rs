@@ -5,27 +5,20 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::extract::{Path, State};
-use axum::http::{Request, StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper_util::rt::TokioIo;
 use serde::Serialize;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
-use tonic::transport::Endpoint;
-use tower::service_fn;
+use tokio::net::TcpListener;
 
-use super::{Running, start};
+use super::{Running, start_on};
+use crate::client;
 use crate::proto::GetRequest;
 use crate::proto::inventory_client::InventoryClient;
 
 /// Longest wait for one of the three services.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Largest answer of `orders` that is read.
-const ORDER_BYTES_MAX: usize = 64 * 1024;
 
 /// How `web` reaches the others.
 #[derive(Clone, Copy, Debug)]
@@ -60,9 +53,7 @@ enum CheckoutError {
 }
 
 impl CheckoutError {
-    fn unreachable(
-        service: &'static str,
-    ) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> Self {
+    fn unreachable(service: &'static str) -> impl FnOnce(client::Error) -> Self {
         move |error| Self::Unreachable {
             service,
             error: error.to_string(),
@@ -84,17 +75,17 @@ impl IntoResponse for CheckoutError {
     }
 }
 
-/// Serves `web` on `listen`.
+/// Serves `web` on `listener`, which is bound already: its sidecar must know the address first.
 ///
 /// # Errors
 ///
-/// The listener's error when `listen` cannot be bound.
-pub async fn serve(listen: SocketAddr, reach: Reach) -> io::Result<Running> {
+/// When the listener has no address.
+pub fn serve(listener: TcpListener, reach: Reach) -> io::Result<Running> {
     let router = Router::new()
         .route("/checkout/{id}", get(checkout))
         .route("/healthz", get(async || "ok\n"))
         .with_state(reach);
-    start(listen, |listener, stop| async move {
+    start_on(listener, |listener, stop| async move {
         let served = axum::serve(listener, router)
             .with_graceful_shutdown(stop.cancelled_owned())
             .await;
@@ -102,7 +93,6 @@ pub async fn serve(listen: SocketAddr, reach: Reach) -> io::Result<Running> {
             tracing::error!(%error, "web ended");
         }
     })
-    .await
 }
 
 async fn checkout(
@@ -136,56 +126,19 @@ async fn within<T>(
 }
 
 async fn order(outbound: SocketAddr, id: u64) -> Result<serde_json::Value, CheckoutError> {
-    let (status, body) = fetch(outbound, "orders.shop", &format!("/orders/{id}"))
+    let unreachable = CheckoutError::unreachable("orders");
+    let answer = client::get(outbound, "orders.shop", &format!("/orders/{id}"), &[])
         .await
-        .map_err(CheckoutError::unreachable("orders"))?;
-    if status != StatusCode::OK {
-        return Err(CheckoutError::Orders(status));
+        .map_err(unreachable)?;
+    if answer.status != StatusCode::OK {
+        return Err(CheckoutError::Orders(answer.status));
     }
-    serde_json::from_slice(&body).map_err(|error| CheckoutError::Unreachable {
-        service: "orders",
-        error: error.to_string(),
-    })
-}
-
-/// One HTTP/1.1 `GET` to `host` through the sidecar's outbound listener.
-async fn fetch(
-    outbound: SocketAddr,
-    host: &str,
-    path: &str,
-) -> Result<(StatusCode, Bytes), Box<dyn std::error::Error + Send + Sync>> {
-    let stream = TcpStream::connect(outbound).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::get(path)
-        .header(header::HOST, host)
-        .header(header::USER_AGENT, "sidegate-shop-web")
-        .body(Empty::<Bytes>::new())?;
-    let call = async {
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ORDER_BYTES_MAX)
-            .collect()
-            .await?
-            .to_bytes();
-        Ok((status, body))
-    };
-    // The connection is driven beside the call, and dropped with it.
-    tokio::select! {
-        answered = call => answered,
-        closed = connection => match closed {
-            Ok(()) => Err("the connection was closed before the answer".into()),
-            Err(error) => Err(error.into()),
-        },
-    }
+    serde_json::from_slice(&answer.body)
+        .map_err(|error| CheckoutError::unreachable("orders")(error.into()))
 }
 
 async fn in_stock(outbound: SocketAddr, sku: &str) -> Result<u64, CheckoutError> {
-    // The authority names the service; the connection goes to the sidecar whatever it says.
-    let channel = Endpoint::from_static("http://inventory.shop")
-        .connect_with_connector(service_fn(move |_authority| async move {
-            TcpStream::connect(outbound).await.map(TokioIo::new)
-        }))
+    let channel = client::channel(outbound, "http://inventory.shop")
         .await
         .map_err(|error| CheckoutError::unreachable("inventory")(error.into()))?;
     let request = GetRequest {
@@ -200,27 +153,12 @@ async fn in_stock(outbound: SocketAddr, sku: &str) -> Result<u64, CheckoutError>
 
 /// Books one piece of `item` and returns how many were booked so far.
 async fn book(ledger: SocketAddr, item: &str) -> Result<i64, CheckoutError> {
-    let answer = converse(ledger, &format!("ADD {item} 1\r\n"))
+    let said = client::converse(ledger, &[&format!("ADD {item} 1")])
         .await
         .map_err(|error| CheckoutError::unreachable("ledger")(error.into()))?;
+    let answer = said.into_iter().nth(1).unwrap_or_default();
     let balance = answer
         .strip_prefix("250 ")
         .and_then(|balance| balance.trim().parse().ok());
     balance.ok_or(CheckoutError::Ledger(answer))
-}
-
-async fn converse(ledger: SocketAddr, line: &str) -> io::Result<String> {
-    let mut stream = BufReader::new(TcpStream::connect(ledger).await?);
-    let mut greeting = String::new();
-    stream.read_line(&mut greeting).await?;
-    if greeting.is_empty() {
-        return Err(io::Error::new(
-            io::ErrorKind::UnexpectedEof,
-            "closed before a greeting",
-        ));
-    }
-    stream.write_all(line.as_bytes()).await?;
-    let mut answer = String::new();
-    stream.read_line(&mut answer).await?;
-    Ok(answer)
 }

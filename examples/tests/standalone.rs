@@ -1,0 +1,140 @@
+//! The shop as separate processes, as `examples/standalone/mesh` starts them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests"
+)]
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use sidegate_examples::client;
+
+/// A copy of `examples/standalone` in a folder of its own, taken down when it goes.
+struct Standalone {
+    dir: tempfile::TempDir,
+    binaries: PathBuf,
+}
+
+impl Standalone {
+    fn new() -> Self {
+        let binaries = Path::new(env!("CARGO_BIN_EXE_sidegate-shop"))
+            .parent()
+            .unwrap()
+            .to_owned();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let mut build = Command::new(env!("CARGO"));
+        build
+            .args(["build", "--workspace", "--bins", "--quiet", "--offline"])
+            .current_dir(root);
+        if binaries.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(
+            build.status().unwrap().success(),
+            "the binaries do not build"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        // -L: the policies are links to the shop's.
+        let copied = Command::new("cp")
+            .args(["-rL", "standalone/.", dir.path().to_str().unwrap()])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .status()
+            .unwrap();
+        assert!(copied.success());
+        std::fs::remove_dir_all(dir.path().join("run")).ok();
+        Self { dir, binaries }
+    }
+
+    fn mesh(&self, verb: &str) -> Output {
+        // Output goes to a file: what the script starts would keep a pipe open for ever.
+        let log = self.dir.path().join("mesh.out");
+        let file = std::fs::File::create(&log).unwrap();
+        let status = Command::new(self.dir.path().join("mesh"))
+            .arg(verb)
+            .env("BIN_DIR", &self.binaries)
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .status()
+            .unwrap();
+        let stderr = std::fs::read(log).unwrap();
+        Output {
+            status,
+            stdout: Vec::new(),
+            stderr,
+        }
+    }
+
+    #[track_caller]
+    fn must(&self, verb: &str) {
+        let done = self.mesh(verb);
+        assert!(
+            done.status.success(),
+            "mesh {verb}: {}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+    }
+
+    fn pid(&self, name: &str) -> String {
+        let file = self.dir.path().join(format!("run/{name}.pid"));
+        std::fs::read_to_string(file).unwrap().trim().to_owned()
+    }
+}
+
+impl Drop for Standalone {
+    fn drop(&mut self) {
+        self.mesh("down");
+    }
+}
+
+async fn status(outbound: &str, path: &str) -> u16 {
+    let outbound: SocketAddr = outbound.parse().unwrap();
+    client::get(outbound, "orders.shop", path, &[])
+        .await
+        .unwrap()
+        .status
+        .as_u16()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_mesh_runs_as_processes_and_outlives_its_ca() {
+    let standalone = Standalone::new();
+    standalone.must("up");
+    assert_eq!(status("127.0.0.1:19001", "/orders/7").await, 200);
+    assert_eq!(status("127.0.0.1:19401", "/orders/7").await, 403);
+    assert_eq!(status("127.0.0.1:19401", "/healthz").await, 200);
+    let checkout: SocketAddr = "127.0.0.1:19080".parse().unwrap();
+    let answer = client::get(checkout, "web", "/checkout/7", &[])
+        .await
+        .unwrap();
+    assert_eq!(
+        answer.status,
+        200,
+        "{}",
+        String::from_utf8_lossy(&answer.body)
+    );
+
+    let killed = Command::new("kill")
+        .args(["-KILL", &standalone.pid("ca")])
+        .status()
+        .unwrap();
+    assert!(killed.success());
+    for _ in 0..20 {
+        assert_eq!(
+            status("127.0.0.1:19001", "/orders/7").await,
+            200,
+            "without a CA"
+        );
+    }
+
+    // Down and up again: key and SVID are kept, so that no second join token is needed.
+    standalone.must("down");
+    std::fs::remove_file(standalone.dir.path().join("run/web.token")).unwrap();
+    standalone.must("up");
+    assert_eq!(status("127.0.0.1:19001", "/orders/7").await, 200);
+    let log = std::fs::read_to_string(standalone.dir.path().join("run/orders.log")).unwrap();
+    assert!(log.contains("\"decision\":\"deny\""), "{log}");
+}
