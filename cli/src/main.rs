@@ -1,28 +1,115 @@
 //! `sidegate`: the command line of the mesh.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+//! Exit codes: 0 done, 1 failed (or: denied, problems found), 2 wrong usage or configuration.
 
-#[allow(dead_code, reason = "the demo prints its log with it")]
+mod authz;
+mod certs;
+mod demo;
 mod logs;
 mod output;
 mod top;
+mod validate;
+mod version;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// A zero-trust sidecar mesh: identity, policy and a log of every call.
 #[derive(Parser)]
-#[command(name = "sidegate", version)]
-enum Cli {
-    Logs(logs::LogsArgs),
-    Top(top::TopArgs),
+#[command(name = "sidegate", version, after_help = "Example:\n  sidegate demo")]
+struct Cli {
+    /// Say more about what happens, on standard error; twice for details.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
 }
 
-fn main() -> anyhow::Result<ExitCode> {
-    let code = match Cli::parse() {
-        Cli::Logs(arguments) => logs::run(&arguments),
-        Cli::Top(arguments) => top::run(&arguments),
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::DemoArgs),
+    Logs(logs::LogsArgs),
+    Top(top::TopArgs),
+    Authz(authz::AuthzArgs),
+    Validate(validate::ValidateArgs),
+    Certs(certs::CertsArgs),
+    Completions(CompletionsArgs),
+    Version(version::VersionArgs),
+}
+
+/// Completions for a shell.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  sidegate completions bash > /etc/bash_completion.d/sidegate")]
+struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    shell: clap_complete::Shell,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    install_diagnostics(cli.verbose);
+    match run(cli.command) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing is left to report to when standard error is gone too.
+            drop(writeln!(io::stderr(), "sidegate: {error:#}"));
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<u8> {
+    match command {
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Logs(arguments) => logs::run(&arguments),
+        Command::Top(arguments) => top::run(&arguments),
+        Command::Authz(arguments) => authz::run(&arguments),
+        Command::Validate(arguments) => validate::run(&arguments),
+        Command::Certs(arguments) => certs::run(&arguments),
+        Command::Version(arguments) => version::run(&arguments),
+        Command::Completions(arguments) => {
+            let mut script = Vec::new();
+            clap_complete::generate(arguments.shell, &mut Cli::command(), "sidegate", &mut script);
+            io::stdout().write_all(&script)?;
+            Ok(0)
+        }
+    }
+}
+
+/// Whoever reads us (`head`, a pager) has had enough: that is no failure.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let broken = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(broken))
+}
+
+fn install_diagnostics(verbose: u8) {
+    let level = match verbose {
+        0 => tracing::Level::WARN,
+        1 => tracing::Level::INFO,
+        _ => tracing::Level::DEBUG,
     };
-    code.map(ExitCode::from)
+    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.clone().render_long_help().to_string();
+            let nested = command.has_subcommands();
+            assert!(nested || help.contains("Example"), "{} has no example", command.get_name());
+        }
+    }
 }
