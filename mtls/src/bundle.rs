@@ -367,13 +367,17 @@ fn parse_revocations(message: &proto::Revocations) -> Result<Revocations, Bundle
     let ids: BTreeSet<SpiffeId> = message
         .spiffe_ids
         .iter()
-        .map(|id| id.parse().map_err(|_| BundleError::Revocation(id.clone())))
+        .map(|id| {
+            id.parse()
+                .map_err(|_error| BundleError::Revocation(id.clone()))
+        })
         .collect::<Result<_, _>>()?;
     let serials = message
         .serials
         .iter()
         .map(|bytes| {
-            Serial::from_bytes(bytes).map_err(|_| BundleError::Revocation(format!("{bytes:02x?}")))
+            Serial::from_bytes(bytes)
+                .map_err(|_error| BundleError::Revocation(format!("{bytes:02x?}")))
         })
         .collect::<Result<Vec<_>, _>>()?;
     Ok(Revocations::new(ids, serials))

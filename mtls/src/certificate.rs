@@ -268,7 +268,7 @@ pub(crate) fn claimed_identity(der: &[u8]) -> Option<String> {
     let names = x509.subject_alternative_name().ok().flatten();
     let names = names.map_or(&[][..], |names| &names.value.general_names);
     let uri = names.iter().find_map(|name| match name {
-        GeneralName::URI(uri) => Some(format!("{uri}")),
+        GeneralName::URI(uri) => Some((*uri).to_owned()),
         _ => None,
     });
     let other = || names.first().map(ToString::to_string);

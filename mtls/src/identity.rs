@@ -30,7 +30,7 @@ use crate::svid::{Svid, SvidError};
 use crate::verify::Verifier;
 
 /// After how much silence the bundle is asked for again when the CA does not say.
-const REFRESH_DEFAULT: Duration = Duration::from_secs(300);
+const REFRESH_DEFAULT: Duration = Duration::from_mins(5);
 /// The shortest silence that a CA can ask for.
 const REFRESH_MIN: Duration = Duration::from_secs(5);
 
@@ -65,7 +65,7 @@ impl Default for RenewalPolicy {
         Self {
             interval_min: Duration::from_millis(500),
             backoff_min: Duration::from_millis(500),
-            backoff_max: Duration::from_secs(60),
+            backoff_max: Duration::from_mins(1),
         }
     }
 }

@@ -116,14 +116,13 @@ impl StateDir {
             TryLockError::Error(source) => failed(source),
         })?;
         let hash = sha256(bootstrap);
-        let tag: String = hash
-            .iter()
-            .take(8)
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        // Eight bytes are enough to tell one file's trust from another's.
+        let tag = u64::from_be_bytes(std::array::from_fn(|index| {
+            hash.get(index).copied().unwrap_or_default()
+        }));
         Ok(Self {
             path: path.to_owned(),
-            bundle_file: format!("{BUNDLE_PREFIX}{tag}.pb"),
+            bundle_file: format!("{BUNDLE_PREFIX}{tag:016x}.pb"),
             _lock: lock,
         })
     }

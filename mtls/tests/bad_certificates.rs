@@ -6,6 +6,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    clippy::too_many_lines,
     missing_docs,
     dead_code,
     unreachable_pub,
@@ -131,7 +132,7 @@ impl World {
         })
     }
 
-    fn issued_by(&self, name: &'static str, reason: &'static str, issuer: &Authority) -> Bad {
+    fn issued_by(name: &'static str, reason: &'static str, issuer: &Authority) -> Bad {
         let (leaf, key) = issuer.leaf_with(&id("shop/web"), |_| {});
         Bad::new(name, reason, vec![leaf, issuer.der.clone()], &key)
     }
@@ -142,7 +143,7 @@ impl World {
         reason: &'static str,
         change: impl FnOnce(&mut CertificateParams),
     ) -> Bad {
-        self.issued_by(name, reason, &self.root.intermediate_with(change))
+        Self::issued_by(name, reason, &self.root.intermediate_with(change))
     }
 }
 
@@ -175,7 +176,7 @@ fn extension(oid: &[u64], critical: bool, content: &[u8]) -> CustomExtension {
 }
 
 fn bad_times(world: &World) -> Vec<Bad> {
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     vec![
         world.leaf("expired a second ago", "expired", |params| {
             params.not_after = moment(start() - Duration::from_secs(1));
@@ -326,7 +327,7 @@ fn bad_usages(world: &World) -> Vec<Bad> {
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         }),
         world.leaf("no key usage", "key_usage", |params| {
-            params.key_usages.clear()
+            params.key_usages.clear();
         }),
         world.leaf("may sign certificates", "key_usage", |params| {
             params.key_usages.push(KeyUsagePurpose::KeyCertSign);
@@ -394,18 +395,18 @@ fn bad_issuers(world: &World) -> Vec<Bad> {
             .push(DnType::CommonName, "below short");
     });
     let mut bad = vec![
-        world.issued_by(
+        World::issued_by(
             "an unknown CA of the same name",
             "unknown_issuer",
             &stranger.intermediate(),
         ),
-        world.issued_by(
+        World::issued_by(
             "another trust domain's CA",
             "unknown_issuer",
             &world.partner.intermediate(),
         ),
-        world.issued_by("issued by a leaf", "issuer_is_not_ca", &forged_by_leaf),
-        world.issued_by("a revoked intermediate", "revoked", &world.revoked_issuer),
+        World::issued_by("issued by a leaf", "issuer_is_not_ca", &forged_by_leaf),
+        World::issued_by("a revoked intermediate", "revoked", &world.revoked_issuer),
         world.intermediate("intermediate with cA=false", "issuer_is_not_ca", |params| {
             params.is_ca = IsCa::ExplicitNoCa;
         }),
@@ -536,11 +537,11 @@ fn bad_keys_and_bytes(world: &World) -> Vec<Bad> {
 
     let rsa = KeyPair::generate_rsa_for(&rcgen::PKCS_RSA_SHA256, rcgen::RsaKeySize::_2048).unwrap();
     let rsa = world.root.intermediate_of(rsa, |_| {});
-    bad.push(world.issued_by("an RSA intermediate", "algorithm", &rsa));
+    bad.push(World::issued_by("an RSA intermediate", "algorithm", &rsa));
 
     let p521 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P521_SHA512).unwrap();
     let p521 = world.root.intermediate_of(p521, |_| {});
-    bad.push(world.issued_by("a P-521 intermediate", "algorithm", &p521));
+    bad.push(World::issued_by("a P-521 intermediate", "algorithm", &p521));
 
     let own = WorkloadKey::generate().unwrap();
     let mut params = leaf_params(web.as_str(), start(), TIMEOUT);

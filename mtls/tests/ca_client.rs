@@ -5,6 +5,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    clippy::too_many_lines,
     missing_docs,
     dead_code,
     unreachable_pub,
@@ -146,7 +147,7 @@ impl Identity for Service {
             return Err(Status::new(code, message));
         }
         let now = sidegate_mesh::clock::Clock::now(&self.0.clock);
-        let mut params = leaf_params(id("shop/web").as_str(), now, Duration::from_secs(60));
+        let mut params = leaf_params(id("shop/web").as_str(), now, Duration::from_mins(1));
         let mut serial = self.0.serial.lock().unwrap();
         *serial += 1;
         params.serial_number = Some(SerialNumber::from(*serial));

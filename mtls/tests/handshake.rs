@@ -5,6 +5,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    clippy::too_many_lines,
     missing_docs,
     dead_code,
     unreachable_pub,
@@ -203,7 +204,9 @@ async fn a_silent_peer_is_given_up_in_time_on_both_sides() {
         while world.clock.sleepers() == 0 {
             tokio::task::yield_now().await;
         }
-        world.clock.advance(TIMEOUT - Duration::from_millis(1));
+        world
+            .clock
+            .advance(TIMEOUT.saturating_sub(Duration::from_millis(1)));
         for _ in 0..10 {
             tokio::task::yield_now().await;
         }

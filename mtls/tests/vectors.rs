@@ -89,9 +89,7 @@ fn loaded(pem: &[u8]) -> &'static str {
 fn expected(name: &str) -> (&'static str, &'static str) {
     match name {
         "good-cert-and-key.pem" | "good-key-and-cert.pem" => ("unknown_issuer", "loaded"),
-        "good-leaf-and-intermediate.pem" => {
-            ("believed as spiffe://example.org/workload-1", "pem")
-        }
+        "good-leaf-and-intermediate.pem" => ("believed as spiffe://example.org/workload-1", "pem"),
         // Good by the SPIFFE profile, which is checked first; RSA is what we do not allow.
         "good-leaf-only.pem" => ("algorithm", "pem"),
         "wrong-intermediate-no-ca.pem" => ("issuer_is_not_ca", "pem"),

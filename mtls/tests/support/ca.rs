@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 
 /// The moment at which tests begin: 2027-01-15.
 pub fn start() -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    SystemTime::UNIX_EPOCH + Duration::from_hours(500_000)
 }
 
 pub fn trust_domain(name: &str) -> TrustDomain {
@@ -98,7 +98,7 @@ impl Authority {
         id: &SpiffeId,
         change: impl FnOnce(&mut CertificateParams),
     ) -> (CertificateDer<'static>, WorkloadKey) {
-        let mut params = leaf_params(id.as_str(), start(), Duration::from_secs(3600));
+        let mut params = leaf_params(id.as_str(), start(), Duration::from_hours(1));
         change(&mut params);
         let key = WorkloadKey::generate().unwrap();
         (self.sign(&params, &key), key)
@@ -117,7 +117,7 @@ pub fn authority_params(name: &str, from: SystemTime) -> CertificateParams {
     params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.not_before = moment(from - Duration::from_secs(3600));
+    params.not_before = moment(from - Duration::from_hours(1));
     params.not_after = moment(from + Duration::from_hours(24 * 3650));
     params.use_authority_key_identifier_extension = true;
     params
