@@ -514,8 +514,7 @@ async fn a_replaced_bootstrap_file_wins_over_the_kept_bundle() {
     rebuilt.write_root(&rebuilt.root);
     let web = rebuilt.workload(&id("shop/web"), Some("state"));
     // The kept SVID does not follow from the new root, so a new one is asked for.
-    web.ready().await;
-    assert_eq!(web.status().renewals_ok, 1);
+    eventually("a new svid", || web.status().renewals_ok == 1).await;
     web.issuer
         .with(|state| assert_eq!(state.requests[0].1, None));
 }
