@@ -32,10 +32,6 @@ pub use body::{Progress, RequestBody};
 pub use http1::{InUse, Upgrade};
 pub use http2::Stream;
 
-/// Longest that an unused connection to the application is kept: below the keep-alive of usual
-/// servers (5 s), so that it is not used in the moment in which they close it.
-const IDLE_MAX: Duration = Duration::from_secs(4);
-
 /// Informational responses of one request that wait to be passed on; more are dropped.
 const INFORMATIONAL_MAX: usize = 8;
 
@@ -98,6 +94,7 @@ impl Application {
         let dialer = Dialer {
             permits: shared.limits.application_connections.clone(),
             timeout: limits.connect_timeout,
+            idle_max: limits.application_idle_timeout,
             clock: Arc::clone(&shared.clock),
             tasks: TaskTracker::new(),
         };
@@ -165,6 +162,8 @@ pub fn wire_limits(shared: &Shared) -> WireLimits {
 struct Dialer {
     permits: Limit,
     timeout: Duration,
+    /// Longest that an unused connection is kept.
+    idle_max: Duration,
     clock: Arc<dyn Clock>,
     /// Not those that a drain waits for: an unused connection is no open call.
     tasks: TaskTracker,

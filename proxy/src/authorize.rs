@@ -8,7 +8,7 @@ use std::sync::Arc;
 use sidegate_mesh::policy::{Ask, Caller, HttpAsk, Policy};
 use sidegate_mesh::{Decision, SpiffeId};
 
-use crate::connections::{Ending, Registry, Subject};
+use crate::connections::{Ending, Link, Subject};
 use crate::error::RequestError;
 use crate::headers::Head;
 
@@ -35,14 +35,12 @@ pub fn require_allowed(decision: &Decision) -> Result<(), RequestError> {
     })
 }
 
-/// Ends every call of `registry` that `policy` refuses now. All others go on.
-pub fn recheck(registry: &Registry, policy: &Policy) {
-    for link in registry.links() {
-        for call in link.calls() {
-            let decision = decide(policy, &link.peer().id, call.subject());
-            if !decision.is_served() {
-                call.end(Ending::Denied(decision));
-            }
+/// Ends every call of one connection that `policy` refuses now. All others go on.
+pub fn recheck(link: &Link, policy: &Policy) {
+    for call in link.calls() {
+        let decision = decide(policy, &link.peer().id, call.subject());
+        if !decision.is_served() {
+            call.end(Ending::Denied(decision));
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderMap, response};
-use sidegate_mesh::access_log::{Direction, Protocol, Record};
+use sidegate_mesh::access_log::{self, Direction, Protocol, Record};
 use sidegate_mesh::{Decision, SpiffeId, Verdict};
 
 use crate::error::RequestError;
@@ -18,6 +18,8 @@ use crate::headers::{Head, Kind};
 use crate::metrics::Outcome;
 use crate::shared::Shared;
 use crate::wire::Spoken;
+
+pub use sidegate_mesh::access_log::timestamp as rfc3339;
 
 /// Longest path in a record, in bytes.
 const PATH_BYTES_MAX: usize = 2048;
@@ -270,15 +272,6 @@ pub fn empty_record(direction: Direction, now: SystemTime) -> Record {
     }
 }
 
-/// RFC 3339 in UTC with microseconds.
-pub fn rfc3339(time: SystemTime) -> String {
-    let time = time::OffsetDateTime::from(time);
-    let (year, month, day) = time.to_calendar_date();
-    let (hour, minute, second, micros) = time.to_hms_micro();
-    let month = u8::from(month);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
-}
-
 fn protocol_of(head: &Head) -> Protocol {
     match (head.kind, head.spoken) {
         (Kind::Grpc, _) => Protocol::Grpc,
@@ -288,13 +281,8 @@ fn protocol_of(head: &Head) -> Protocol {
     }
 }
 
-/// `text` with at most `max` bytes, cut between characters.
 fn cut(text: &str, max: usize) -> String {
-    let mut end = text.len().min(max);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.get(..end).unwrap_or_default().to_owned()
+    access_log::cut(text, max).to_owned()
 }
 
 /// The trace ID of a `traceparent`: 32 hexadecimal digits after the version.
@@ -313,18 +301,6 @@ fn milliseconds(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_time_is_written_with_microseconds() {
-        let time = SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_000_042);
-        assert_eq!(rfc3339(time), "2023-11-14T22:13:20.000042Z");
-    }
-
-    #[test]
-    fn a_text_is_cut_between_characters() {
-        assert_eq!(cut("aé", 2), "a");
-        assert_eq!(cut("aé", 3), "aé");
-    }
 
     #[test]
     fn a_trace_id_is_taken_only_from_its_own_form() {

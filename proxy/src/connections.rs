@@ -298,6 +298,8 @@ pub enum Ending {
     Idle,
     /// The drain's deadline has come.
     Drained,
+    /// The peer resets its calls faster than anybody has reason to.
+    Flood,
 }
 
 /// One running call.

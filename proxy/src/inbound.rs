@@ -179,14 +179,14 @@ async fn recheck(inbound: &Inbound) {
     let mut epochs = inbound.shared.credentials.subscribe();
     let mut enforced: Option<Arc<Policy>> = None;
     loop {
-        enforced = recheck_policy(inbound, enforced);
+        enforced = recheck_policy(inbound, enforced).await;
         tokio::select! {
             changed = snapshots.changed() => if changed.is_err() { break },
             changed = epochs.changed() => {
                 if changed.is_err() {
                     break;
                 }
-                recheck_trust(inbound);
+                recheck_trust(inbound).await;
             }
         }
     }
@@ -195,20 +195,25 @@ async fn recheck(inbound: &Inbound) {
 }
 
 /// Does nothing when only endpoints changed: the policy is the same one.
-fn recheck_policy(inbound: &Inbound, enforced: Option<Arc<Policy>>) -> Option<Arc<Policy>> {
+async fn recheck_policy(inbound: &Inbound, enforced: Option<Arc<Policy>>) -> Option<Arc<Policy>> {
     let Some(snapshot) = inbound.shared.state.current() else {
         return enforced;
     };
     let same = enforced.is_some_and(|policy| Arc::ptr_eq(&policy, &snapshot.policy));
     if !same {
-        authorize::recheck(&inbound.registry, &snapshot.policy);
+        for link in inbound.registry.links() {
+            authorize::recheck(&link, &snapshot.policy);
+            // Thousands of connections must not hold up the calls of one worker.
+            tokio::task::yield_now().await;
+        }
     }
     Some(Arc::clone(&snapshot.policy))
 }
 
-fn recheck_trust(inbound: &Inbound) {
+async fn recheck_trust(inbound: &Inbound) {
     for link in inbound.registry.links() {
         handshake::retrust(&inbound.shared, &link);
+        tokio::task::yield_now().await;
     }
 }
 

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use http::{Method, Request, Response, StatusCode, Version, header};
 use http_body::Body as _;
@@ -19,7 +19,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::{Answer, Dialer, Exchange, IDLE_MAX, Informational, informational_head, reset};
+use super::{Answer, Dialer, Exchange, Informational, informational_head, reset};
 use crate::body::Body;
 use crate::error::RequestError;
 use crate::http1::{ClientGuard, ClientHandle, GuardLimits, Rejection};
@@ -111,7 +111,7 @@ impl Pool {
     pub(super) fn close_idle(&self) {
         let now = self.dialer.clock.now();
         self.lock().retain(|_, idle| {
-            idle.retain(|idle| idle.is_usable(now));
+            idle.retain(|idle| idle.is_usable(now, self.dialer.idle_max));
             !idle.is_empty()
         });
     }
@@ -143,7 +143,7 @@ impl Pool {
         let kept = idle.get_mut(&address)?;
         // The latest first, so that those which a quiet time does not need grow old and go.
         while let Some(idle) = kept.pop() {
-            if idle.is_usable(now) {
+            if idle.is_usable(now, self.dialer.idle_max) {
                 return Some(idle.connection);
             }
         }
@@ -187,10 +187,10 @@ impl Pool {
 }
 
 impl Idle {
-    fn is_usable(&self, now: SystemTime) -> bool {
+    fn is_usable(&self, now: SystemTime, idle_max: Duration) -> bool {
         let young = now
             .duration_since(self.since)
-            .is_ok_and(|age| age < IDLE_MAX);
+            .is_ok_and(|age| age < idle_max);
         // Not ready and not closed is a connection whose last message is just ending; leaving it
         // out costs one new connection, waiting for it could cost a request.
         young && self.connection.sender.is_ready()

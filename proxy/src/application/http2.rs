@@ -13,13 +13,13 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
-use h2::{RecvStream, SendStream};
+use h2::{Reason, RecvStream, SendStream};
 use http::{Request, Response};
 use http_body::Body as _;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::{Answer, Dialer, Exchange, IDLE_MAX, Informational, informational_head, reset};
+use super::{Answer, Dialer, Exchange, Informational, informational_head, reset};
 use crate::body::{Body, RecvBody};
 use crate::error::RequestError;
 use crate::wire::WireLimits;
@@ -123,7 +123,7 @@ impl Pool {
         self.lock().retain(|_, target| {
             target.connections.retain(|connection| {
                 let age = now.duration_since(connection.used);
-                connection.calls() > 0 || age.is_ok_and(|age| age < IDLE_MAX)
+                connection.calls() > 0 || age.is_ok_and(|age| age < self.dialer.idle_max)
             });
             !target.connections.is_empty() || Arc::strong_count(&target.opening) > 1
         });
@@ -245,8 +245,12 @@ async fn head_of(
 }
 
 fn failure(error: &h2::Error) -> RequestError {
-    let reason = error
-        .reason()
-        .filter(|_| error.is_reset() && error.is_remote());
+    let told = error.reason().filter(|_| error.is_remote());
+    let reason = match told {
+        // The stream is above the last one that a GOAWAY in good order names: nothing of it was
+        // processed (RFC 9113, 6.8).
+        Some(Reason::NO_ERROR) if error.is_go_away() => Some(Reason::REFUSED_STREAM),
+        reason => reason.filter(|_| error.is_reset()),
+    };
     reset(reason, error)
 }

@@ -57,6 +57,10 @@ pub struct LimitsConfig {
     /// connection is not used in the moment in which the other end closes it.
     #[serde(with = "humantime_serde")]
     pub pool_idle_timeout: Duration,
+    /// Longest time that this sidecar keeps an unused connection to its application: below the
+    /// keep-alive of usual servers, which is 5 s.
+    #[serde(with = "humantime_serde")]
+    pub application_idle_timeout: Duration,
     /// Longest pause within a request's body.
     #[serde(with = "humantime_serde")]
     pub request_body_idle_timeout: Duration,
@@ -107,6 +111,7 @@ impl Default for LimitsConfig {
             stream_window_bytes: 1024 * 1024,
             connection_idle_timeout: Duration::from_mins(5),
             pool_idle_timeout: Duration::from_secs(90),
+            application_idle_timeout: Duration::from_secs(4),
             request_body_idle_timeout: Duration::from_mins(1),
             stream_idle_timeout: Duration::from_hours(1),
             admin_connections_max: 16,
@@ -216,13 +221,14 @@ impl LimitsConfig {
         ]
     }
 
-    fn times(&self) -> [(&'static str, Duration); 9] {
+    fn times(&self) -> [(&'static str, Duration); 10] {
         [
             ("handshakeTimeout", self.handshake_timeout),
             ("connectTimeout", self.connect_timeout),
             ("headTimeout", self.head_timeout),
             ("connectionIdleTimeout", self.connection_idle_timeout),
             ("poolIdleTimeout", self.pool_idle_timeout),
+            ("applicationIdleTimeout", self.application_idle_timeout),
             ("requestBodyIdleTimeout", self.request_body_idle_timeout),
             ("streamIdleTimeout", self.stream_idle_timeout),
             ("metricSeriesIdleTimeout", self.metric_series_idle_timeout),

@@ -45,7 +45,6 @@ pub(super) async fn accept(
 ) -> Option<(TlsStream<TcpStream>, Peer)> {
     let shared = &inbound.shared;
     let since = shared.clock.now();
-    let _permit: Permit = shared.limits.handshakes.try_acquire()?;
     match first(shared, &stream).await {
         First::Tls => {}
         // Port scans and TCP health checks: nobody tried anything.
@@ -55,6 +54,8 @@ pub(super) async fn accept(
             return None;
         }
     }
+    // Only who has begun a handshake takes one of their places: silence costs a connection's.
+    let _permit: Permit = shared.limits.handshakes.try_acquire()?;
     match inbound.acceptor.accept(stream).await {
         Ok(accepted) => Some(accepted),
         Err(error) => {
@@ -74,14 +75,22 @@ pub(super) fn retrust(shared: &Shared, link: &Arc<Link>) {
     }
     if let Err(error) = credentials.still_trusts(link.peer()) {
         link.cut(error.code());
-        let claimed = link.peer().id.as_str();
-        log_refusal(
-            shared,
-            link.address(),
-            shared.clock.now(),
-            (error.code(), Some(claimed)),
-        );
+        log_cut(shared, link, error.code());
     }
+}
+
+/// Records that a connection was ended, and why; its calls have records of their own.
+pub(super) fn log_cut(shared: &Shared, link: &Link, reason: &str) {
+    let mut record = empty_record(Direction::Inbound, shared.clock.now());
+    record.protocol = Protocol::Tcp;
+    record.source = Some(Arc::clone(link.peer().id.text()));
+    record.source_address = Some(link.address().to_string());
+    record.destination = Some(Arc::clone(shared.workload.id.text()));
+    record.decision = Some(Verdict::Deny);
+    record.error = Some("connection_cut");
+    record.reason = Some(reason.to_owned());
+    record.tls_version = Some(link.peer().tls_version);
+    shared.log.record(&record);
 }
 
 async fn first(shared: &Shared, stream: &TcpStream) -> First {

@@ -44,6 +44,11 @@ impl Reply {
         self.grpc = grpc;
     }
 
+    /// Whether a head was sent.
+    pub(super) fn has_head(&self) -> bool {
+        self.stream.is_some()
+    }
+
     /// Passes an informational answer on.
     pub(super) fn informational(&mut self, head: Response<()>) {
         // A failure means that the stream has ended, which the next step reports.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{HeaderMap, Request};
-use sidegate_mesh::access_log::Direction;
+use sidegate_mesh::access_log::{Direction, Protocol};
 
 use super::reply::Reply;
 use super::session::Session;
@@ -21,7 +21,7 @@ use crate::connections::{Ending, LiveGuard, Subject};
 use crate::error::RequestError;
 use crate::headers::{self, Head, Kind, Sender};
 use crate::limits::Permit;
-use crate::wire;
+use crate::wire::{self, Spoken};
 
 /// Serves one stream and writes its record.
 pub(super) async fn serve(
@@ -42,6 +42,9 @@ pub(super) async fn serve(
         handle_request(session, request, &mut reply, &mut call).await
     };
     if let Err(error) = outcome {
+        if matches!(error, RequestError::PeerReset { .. }) && !reply.has_head() {
+            session.count_reset();
+        }
         let told = reply.fail(&error);
         call.told(told.status, told.grpc_status);
         call.fail(&error);
@@ -86,14 +89,28 @@ fn sanitize(
     reply: &mut Reply,
     call: &mut Call,
 ) -> Result<Arc<Head>, RequestError> {
-    let content_type = parts.headers.get(http::header::CONTENT_TYPE);
-    reply.speak_grpc(content_type.is_some_and(headers::is_grpc_type));
+    let protocol = claimed_protocol(&parts.headers);
+    reply.speak_grpc(protocol == Protocol::Grpc);
     // Noted as it came, for whoever looks for an attacker; overwritten when it is in order.
+    call.record().protocol = protocol;
     call.describe_refused(parts.method.as_str(), parts.uri.path());
     let head = headers::sanitize(parts, Sender::Sidecar, &session.inbound.limits)?;
     reply.speak_grpc(head.kind == Kind::Grpc);
     call.describe(&head);
     Ok(Arc::new(head))
+}
+
+/// What a head that may be refused yet seems to be.
+fn claimed_protocol(headers: &HeaderMap) -> Protocol {
+    let content_type = headers.get(http::header::CONTENT_TYPE);
+    let spoken = headers
+        .get(wire::PROTOCOL)
+        .map(|value| Spoken::parse(value.as_bytes()));
+    match spoken {
+        _ if content_type.is_some_and(headers::is_grpc_type) => Protocol::Grpc,
+        Some(Some(Spoken::Http10 | Spoken::Http11)) => Protocol::Http1,
+        _ => Protocol::Http2,
+    }
 }
 
 pub(super) fn target(session: &Session, named: Option<u16>) -> Result<Target, RequestError> {
@@ -137,6 +154,7 @@ pub(super) fn ended(session: &Session, call: &mut Call, ending: Ending) -> Reque
         Ending::Certificate(reason) => RequestError::CertificateEnded { reason },
         Ending::Idle => RequestError::Idle,
         Ending::Drained => RequestError::DrainDeadline,
+        Ending::Flood => RequestError::Overloaded { bound: "resets" },
     }
 }
 

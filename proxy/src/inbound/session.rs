@@ -2,9 +2,10 @@
 //!
 //! Always true: the connection is told to go away before it ends, unless its peer is no longer
 //! believed; from then on a new stream is answered with `REFUSED_STREAM`, which its caller may
-//! retry elsewhere; at the certificate's end, and at the drain's, nothing goes on.
+//! retry elsewhere; at the certificate's end, and at the drain's, nothing goes on. A peer that
+//! resets its calls faster than anybody has reason to loses its connection.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -12,9 +13,10 @@ use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream};
 use http::Request;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio_rustls::server::TlsStream;
 
-use super::{Inbound, request};
+use super::{Inbound, handshake, request};
 use crate::connections::{Ending, Link, LinkGuard};
 use crate::wire;
 use crate::wire::keepalive;
@@ -28,10 +30,38 @@ const FLUSH_MAX: Duration = Duration::from_millis(500);
 /// The share of a certificate's remaining life that may be spent on going away.
 const GOING_AWAY_SHARE: u32 = 4;
 
+/// Calls that a peer may reset before their answer, at once and then in each second: far more than
+/// callers give up, far less than a flood (CVE-2023-44487).
+const RESETS: (u32, u32) = (1_000, 100);
+
 /// One connection, as its calls see it.
 pub(super) struct Session {
     pub(super) inbound: Arc<Inbound>,
     pub(super) link: Arc<Link>,
+    resets: Mutex<Budget>,
+    flood: Notify,
+}
+
+/// What is left of [`RESETS`], and since when.
+struct Budget {
+    left: u32,
+    since: SystemTime,
+}
+
+impl Budget {
+    /// One less; false when nothing was left.
+    fn spend(&mut self, now: SystemTime) -> bool {
+        let (burst, per_second) = RESETS;
+        let seconds = now.duration_since(self.since).unwrap_or_default().as_secs();
+        if seconds > 0 {
+            let more = per_second.saturating_mul(u32::try_from(seconds).unwrap_or(u32::MAX));
+            self.left = self.left.saturating_add(more).min(burst);
+            self.since = now;
+        }
+        let spent = self.left.checked_sub(1);
+        self.left = spent.unwrap_or_default();
+        spent.is_some()
+    }
 }
 
 type Http2 = Connection<TlsStream<TcpStream>, Bytes>;
@@ -51,6 +81,11 @@ pub(super) async fn run(inbound: &Arc<Inbound>, link: &LinkGuard, stream: TlsStr
     let session = Arc::new(Session {
         inbound: Arc::clone(inbound),
         link: Arc::clone(link.link()),
+        resets: Mutex::new(Budget {
+            left: RESETS.0,
+            since: clock.now(),
+        }),
+        flood: Notify::new(),
     });
     session.serve(http2).await;
 }
@@ -78,16 +113,38 @@ impl Session {
                     self.link.end_calls(&Ending::Drained);
                     return self.close(http2, Reason::NO_ERROR).await;
                 }
+                () = self.flood.notified() => {
+                    handshake::log_cut(shared, &self.link, "reset_flood");
+                    self.link.end_calls(&Ending::Flood);
+                    return self.close(http2, Reason::ENHANCE_YOUR_CALM).await;
+                }
                 () = &mut leave, if !leaving => {
                     leaving = true;
                     http2.graceful_shutdown();
                 }
                 next = http2.accept() => match next {
                     Some(Ok((request, respond))) => self.begin(request, respond, leaving),
-                    Some(Err(_)) | None => return,
+                    Some(Err(error)) => return self.broken(&error),
+                    None => return,
                 },
                 () = &mut alive => return,
             }
+        }
+    }
+
+    /// A call was reset by the peer before its answer.
+    pub(super) fn count_reset(&self) {
+        let now = self.inbound.shared.clock.now();
+        let mut resets = self.resets.lock().unwrap_or_else(PoisonError::into_inner);
+        if !resets.spend(now) {
+            self.flood.notify_one();
+        }
+    }
+
+    /// The connection broke; when it was `h2` that would not take any more, that is on record.
+    fn broken(&self, error: &h2::Error) {
+        if error.reason() == Some(Reason::ENHANCE_YOUR_CALM) && error.is_library() {
+            handshake::log_cut(&self.inbound.shared, &self.link, "frame_flood");
         }
     }
 
@@ -190,4 +247,26 @@ async fn flush(http2: &mut Http2) {
         std::task::Poll::Ready(())
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_bites_and_recovers() {
+        let start = SystemTime::UNIX_EPOCH;
+        let mut budget = Budget {
+            left: RESETS.0,
+            since: start,
+        };
+        assert!((0..RESETS.0).all(|_| budget.spend(start)));
+        assert!(!budget.spend(start));
+        let later = start + Duration::from_secs(1);
+        assert!((0..RESETS.1).all(|_| budget.spend(later)));
+        assert!(!budget.spend(later));
+        let much_later = start + Duration::from_hours(1);
+        assert!((0..RESETS.0).all(|_| budget.spend(much_later)));
+        assert!(!budget.spend(much_later), "never more than the burst");
+    }
 }

@@ -215,9 +215,13 @@ async fn a_revoked_peer_is_cut_at_once_and_logged() {
         (Some("certificate_ended"), Some("revoked"))
     );
     let cut = sidecar
-        .record(|record| record.error == Some("tls_handshake"))
+        .record(|record| record.error == Some("connection_cut"))
         .await;
-    assert!(cut.reason.unwrap().starts_with("revoked"));
+    assert_eq!(cut.reason.as_deref(), Some("revoked"));
+    assert_eq!(
+        cut.source.as_deref(),
+        Some("spiffe://mesh.local/ns/shop/sa/web")
+    );
     until(|| sidecar.connections() == 1).await;
     assert_eq!(
         other.call(get("/orders/2")).await.unwrap().status,

@@ -34,16 +34,23 @@ async fn still_serves(sidecar: &Sidecar, honest: &Peer) {
 async fn rapid_resets_end_the_attackers_connection_and_no_other() {
     let (sidecar, honest) = shop().await;
     let attacker = Peer::connect(&sidecar, "shop/web").await;
-    for n in 0..20_000 {
+    let mut ended = false;
+    for n in 0..100_000 {
         let Ok((response, mut stream)) = attacker.begin(post("/orders"), false).await else {
+            ended = true;
             break;
         };
         stream.send_reset(Reason::CANCEL);
         drop(response);
-        if n % 100 == 0 {
+        if n % 10 == 0 {
             tokio::task::yield_now().await;
         }
     }
+    assert!(ended, "the attacker goes on");
+    let cut = sidecar
+        .record(|record| record.error == Some("connection_cut"))
+        .await;
+    assert!(cut.reason.unwrap().ends_with("_flood"));
     still_serves(&sidecar, &honest).await;
     // Whatever of it was begun has ended; nothing piles up.
     until(|| sidecar.calls() == 0).await;
