@@ -41,7 +41,10 @@ fn account(name: String) -> Source {
     }
 }
 
-fn compile(rules: Vec<(Action, Source, Target)>) -> Policy {
+/// One rule of a policy with its action.
+type OneRule = (Action, Source, Target);
+
+fn compile(rules: &[OneRule]) -> Policy {
     let mut policies = Vec::new();
     for (at, chunk) in rules.chunks(RULES_PER_POLICY).enumerate() {
         for action in [Action::Deny, Action::Allow] {
@@ -97,7 +100,7 @@ fn id(account: &str) -> SpiffeId {
 /// A layout of rules, and the call that costs most in it.
 struct Layout {
     name: &'static str,
-    rules: fn(usize) -> Vec<(Action, Source, Target)>,
+    rules: fn(usize) -> Vec<OneRule>,
     caller: fn(usize) -> String,
     call: fn(usize) -> (&'static str, String, &'static str),
     expected: Verdict,
@@ -243,7 +246,7 @@ const LAYOUTS: [Layout; 9] = [
     },
 ];
 
-fn usual(count: usize) -> Vec<(Action, Source, Target)> {
+fn usual(count: usize) -> Vec<OneRule> {
     let rule = |at: usize| {
         let caller = account(format!("caller-{}", at % 37));
         if at % 10 == 9 {
@@ -273,7 +276,7 @@ fn bench(criterion: &mut Criterion) {
     for layout in LAYOUTS {
         let mut group = criterion.benchmark_group(layout.name);
         for count in [1_000, 10_000] {
-            let policy = compile((layout.rules)(count));
+            let policy = compile(&(layout.rules)(count));
             let (method, path, host) = (layout.call)(count);
             let caller = id(&(layout.caller)(count));
             let path: CanonicalPath = path.parse().unwrap();

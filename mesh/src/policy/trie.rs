@@ -1,11 +1,18 @@
 //! Patterns as a trie over path segments.
 //!
+//! A path is read by an [`Automaton`] made of the trie, or where patterns fork too much for one, by
+//! walking the trie itself.
+//!
 //! Invariant: a walk visits a node at most once for each position in the path, and allocates
 //! nothing for a path of up to [`SEGMENTS_INLINE`] segments unless more than [`FORKS_INLINE`] forks
 //! are open at once.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
+mod automaton;
+
+use self::automaton::Automaton;
 use super::glob::{Glob, Segment};
 use super::leaf::{self, Entries, Key, Leaf, MethodSet, NO_RANK, Rank, Wanted};
 use super::symbols::{FastMap, Symbol, Symbols, UNKNOWN};
@@ -122,6 +129,8 @@ struct Growing {
     literal: BTreeMap<Symbol, NodeId>,
     one: Option<NodeId>,
     any: Option<NodeId>,
+    /// Reached by `**`.
+    is_any: bool,
     entries: Entries,
 }
 
@@ -168,7 +177,10 @@ impl Builder {
             }
         };
         if child == next {
-            self.nodes.push(Growing::default());
+            self.nodes.push(Growing {
+                is_any: *segment == Segment::Any,
+                ..Growing::default()
+            });
         }
         child
     }
@@ -193,6 +205,7 @@ impl Builder {
             }
         }
         Trie {
+            automaton: Automaton::build(&nodes),
             nodes: nodes.into(),
         }
     }
@@ -202,6 +215,8 @@ impl Builder {
 #[derive(Debug)]
 pub(super) struct Trie {
     nodes: Box<[Node]>,
+    /// The same, deterministic; absent where that would be too large.
+    automaton: Option<Automaton>,
 }
 
 #[derive(Debug)]
@@ -209,7 +224,13 @@ struct Node {
     literal: FastMap<Symbol, NodeId>,
     one: NodeId,
     any: NodeId,
+    /// Reached by `**`.
+    is_any: bool,
     leaf: Leaf,
+    /// One bit for some caller of each entry here.
+    own_callers: u64,
+    /// The lowest rank here.
+    own_rank_min: Rank,
     /// One bit for some caller of each entry here or below: without it there is nothing to find.
     callers: u64,
     /// The lowest rank here or below.
@@ -220,9 +241,14 @@ impl Node {
     fn new(growing: Growing) -> Self {
         let callers = growing.entries.keys().map(|key| caller_bit(key.caller));
         let ranks = growing.entries.values().flatten().map(|(rank, _)| *rank);
+        let callers = callers.fold(0, |all, bit| all | bit);
+        let rank_min = ranks.min().unwrap_or(NO_RANK);
         Self {
-            callers: callers.fold(0, |all, bit| all | bit),
-            rank_min: ranks.min().unwrap_or(NO_RANK),
+            callers,
+            rank_min,
+            own_callers: callers,
+            own_rank_min: rank_min,
+            is_any: growing.is_any,
             literal: growing.literal.into_iter().collect(),
             one: growing.one.unwrap_or(NO_NODE),
             any: growing.any.unwrap_or(NO_NODE),
@@ -287,12 +313,42 @@ impl Trie {
         if self.is_empty() {
             return NO_RANK;
         }
-        let callers = wanted.callers.iter().map(|caller| caller_bit(*caller));
+        let bits = wanted.callers.iter().map(|caller| caller_bit(*caller));
+        let callers = bits.fold(0, |all, bit| all | bit);
+        match &self.automaton {
+            Some(automaton) => self.read(automaton, path, callers, wanted),
+            None => self.walk(path, callers, wanted),
+        }
+    }
+
+    fn read(
+        &self,
+        automaton: &Automaton,
+        path: PathView<'_>,
+        bits: u64,
+        wanted: &Wanted<'_>,
+    ) -> Rank {
+        let mut best = NO_RANK;
+        automaton.visit(path, (wanted.callers, bits), |id| {
+            // They come by their lowest rank, so most of them need no look.
+            let node = self.nodes.get(id as usize);
+            let Some(node) = node.filter(|node| node.own_rank_min < best) else {
+                return ControlFlow::Break(());
+            };
+            if node.own_callers & bits != 0 {
+                best = best.min(leaf::find(&node.leaf, wanted));
+            }
+            ControlFlow::Continue(())
+        });
+        best
+    }
+
+    fn walk(&self, path: PathView<'_>, callers: u64, wanted: &Wanted<'_>) -> Rank {
         let mut walk = Walk {
             trie: self,
             path,
             wanted,
-            callers: callers.fold(0, |all, bit| all | bit),
+            callers,
             best: NO_RANK,
             open: InlineList::new(NO_STEP),
             swept: None,
@@ -389,5 +445,136 @@ impl Walk<'_> {
 
     fn may_find(&self, node: &Node) -> bool {
         node.callers & self.callers != 0 && node.rank_min < self.best
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    use super::super::leaf::{Case, Method, caller, host, kind};
+    use super::*;
+    use crate::path::CanonicalPath;
+
+    const KEY: Key = Key {
+        caller: caller::ANYONE,
+        host: host::ANY,
+        kind: kind::PLAIN,
+    };
+
+    fn trie(patterns: &[String]) -> (Trie, Symbols, Vec<Glob>) {
+        let mut builder = Builder::new();
+        let mut symbols = Symbols::default();
+        let mut globs = Vec::new();
+        for (rank, pattern) in (0..).zip(patterns) {
+            let glob = Glob::new(&pattern.parse().unwrap());
+            builder.add(&glob, &mut symbols, &[KEY], (rank, &MethodSet::all()));
+            globs.push(glob);
+        }
+        (builder.build(), symbols, globs)
+    }
+
+    fn symbols_of(path: &CanonicalPath, symbols: &Symbols) -> PathSymbols {
+        let mut list = PathSymbols::new(UNKNOWN);
+        for segment in path.segments() {
+            let known = symbols.find(segment);
+            list.push(if segment.is_empty() {
+                EMPTY_SEGMENT
+            } else {
+                known
+            });
+        }
+        list
+    }
+
+    fn wanted() -> Wanted<'static> {
+        Wanted {
+            callers: &[caller::ANYONE],
+            hosts: &[host::ANY],
+            kinds: &[kind::PLAIN],
+            method: Method::new("GET"),
+            case: Case::Exact,
+        }
+    }
+
+    fn path() -> impl Strategy<Value = String> {
+        let random = vec(select(vec!["a", "b", "c", "x"]), 0..6);
+        (random, any::<bool>()).prop_map(|(segments, slash)| {
+            let slash = if slash && !segments.is_empty() {
+                "/"
+            } else {
+                ""
+            };
+            format!("/{}{slash}", segments.join("/"))
+        })
+    }
+
+    fn pattern() -> impl Strategy<Value = String> {
+        let random = vec(select(vec!["a", "b", "*", "**"]), 0..6);
+        (random, any::<bool>()).prop_filter_map("no pattern", |(segments, slash)| {
+            let slash = if slash && !segments.is_empty() {
+                "/"
+            } else {
+                ""
+            };
+            let text = format!("/{}{slash}", segments.join("/"));
+            text.parse::<crate::resource::PathPattern>().ok()?;
+            Some(text)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2_000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn reading_walking_and_trying_each_pattern_find_the_same(
+            patterns in vec(pattern(), 1..12),
+            paths in vec(path(), 8),
+        ) {
+            let (trie, symbols, globs) = trie(&patterns);
+            let callers = caller_bit(caller::ANYONE);
+            for path in paths {
+                let path: CanonicalPath = path.parse().unwrap();
+                let list = symbols_of(&path, &symbols);
+                let view = PathView::whole(&list);
+                let segments: Vec<&str> = path.segments().collect();
+                let first = globs.iter().position(|glob| glob.matches(&segments));
+                let first = first.map_or(NO_RANK, |at| Rank::try_from(at).unwrap());
+                prop_assert!(trie.automaton.is_some());
+                prop_assert_eq!(trie.find(view, &wanted()), first, "{}", path);
+                prop_assert_eq!(trie.walk(view, callers, &wanted()), first, "{}", path);
+            }
+        }
+    }
+
+    #[test]
+    fn patterns_that_fork_too_much_are_walked() {
+        // One state for each set of these that a path has passed would be too many.
+        let patterns: Vec<String> = (0..200).map(|at| format!("/**/s{at}/**/end")).collect();
+        let (trie, symbols, _) = trie(&patterns);
+        assert!(trie.automaton.is_none());
+        for (path, rank) in [
+            ("/s7/s3/end", 3),
+            ("/x/s7/y/end", 7),
+            ("/s7/end/x", NO_RANK),
+            ("/end/s7", NO_RANK),
+        ] {
+            let list = symbols_of(&path.parse().unwrap(), &symbols);
+            assert_eq!(trie.find(PathView::whole(&list), &wanted()), rank, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_long_path_is_swept_in_linear_time() {
+        let patterns: Vec<String> = (0..200).map(|at| format!("/**/a/**/b{at}")).collect();
+        let (trie, symbols, _) = trie(&patterns);
+        let path = "/a".repeat(20_000);
+        let list = symbols_of(&path.parse().unwrap(), &symbols);
+        let view = PathView::whole(&list);
+        let callers = caller_bit(caller::ANYONE);
+        // Quadratic, this would visit 200 million nodes; a test in the debug profile would hang.
+        assert_eq!(trie.walk(view, callers, &wanted()), NO_RANK);
     }
 }

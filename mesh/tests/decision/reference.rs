@@ -54,14 +54,10 @@ pub fn decide(set: &ResourceSet, workload: &Workload, call: &Call<'_>) -> Expect
             rule.unwrap_or(at.to_string()),
         ))
     };
-    let audit = match (
+    let audit = audit_of(
         first(Action::Deny, Mode::Audit),
         first(Action::Allow, Mode::Audit),
-    ) {
-        (Some((policy, rule)), _) => Some(format!("deny {policy}/{rule}")),
-        (None, Some((policy, rule))) => Some(format!("allow {policy}/{rule}")),
-        (None, None) => None,
-    };
+    );
     let refusal = match workload.enforcement {
         Enforcement::Enforce => Verdict::Deny,
         Enforcement::Audit => Verdict::WouldDeny,
@@ -90,6 +86,14 @@ pub fn decide(set: &ResourceSet, workload: &Workload, call: &Call<'_>) -> Expect
         policy,
         rule,
         audit,
+    }
+}
+
+fn audit_of(deny: Option<(String, String)>, allow: Option<(String, String)>) -> Option<String> {
+    match (deny, allow) {
+        (Some((policy, rule)), _) => Some(format!("deny {policy}/{rule}")),
+        (None, Some((policy, rule))) => Some(format!("allow {policy}/{rule}")),
+        (None, None) => None,
     }
 }
 

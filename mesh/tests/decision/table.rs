@@ -1,6 +1,8 @@
 //! The truth table: enforcement × action × mode × match × protocol, and each sentence of "What
 //! decides".
 
+use std::sync::Arc;
+
 use sidegate_mesh::policy::reason;
 use sidegate_mesh::policy::{Ask, Caller};
 use sidegate_mesh::resource::{Action, Kind, Mode, Selector};
@@ -650,7 +652,7 @@ fn a_broken_policy_without_a_last_good_version_never_widens() {
     );
     let check = |broken: BrokenResource, denies: bool| {
         let set = ResourceSet {
-            policies: vec![own.clone()],
+            policies: vec![Arc::clone(&own)],
             broken: vec![broken.clone()],
             ..ResourceSet::default()
         };
