@@ -177,6 +177,8 @@ fn open(address: SocketAddr, shared: bool) -> std::io::Result<StdListener> {
 ///
 /// Why the worker could not go on.
 pub(crate) fn run(listeners: Listeners, shared: &Arc<Shared>) -> Result<(), String> {
+    // The first handshake of a thread would otherwise stall for it.
+    sidegate_mtls::warm_up(shared.credentials.provider());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

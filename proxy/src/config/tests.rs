@@ -303,3 +303,44 @@ fn a_file_that_is_not_there_is_named() {
         "{error}"
     );
 }
+
+/// The page that people read, with every key.
+const REFERENCE: &str = include_str!("../../../docs/sidecar.yaml");
+
+#[test]
+fn the_reference_has_every_key_with_its_default() {
+    let reference = Config::from_yaml("docs/sidecar.yaml", REFERENCE).unwrap();
+    let mut smallest = Config::from_yaml(
+        "smallest.yaml",
+        "workload: { namespace: shop, serviceAccount: orders }
+ca: { root: ca/root.pem, joinToken: token }
+resources: resources
+",
+    )
+    .unwrap();
+    // What has no default of its own is an example there.
+    smallest
+        .workload
+        .labels
+        .clone_from(&reference.workload.labels);
+    smallest.ports.clone_from(&reference.ports);
+    smallest.upstreams.clone_from(&reference.upstreams);
+    smallest.state.clone_from(&reference.state);
+    smallest.log.path.clone_from(&reference.log.path);
+    assert_eq!(smallest.to_yaml(), reference.to_yaml());
+    let printed = reference.to_yaml();
+    let keys = |text: &str| {
+        let words = text.split(['{', '}', ',', '\n', ' ', '-']);
+        let keys = words.filter_map(|word| word.trim().strip_suffix(':'));
+        keys.map(str::to_owned)
+            .collect::<std::collections::BTreeSet<_>>()
+    };
+    let missing: Vec<_> = keys(&printed)
+        .difference(&keys(REFERENCE))
+        .cloned()
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "docs/sidecar.yaml does not name {missing:?}"
+    );
+}
