@@ -45,8 +45,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// deadline comes.
 pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     let inbound = Arc::new(Inbound::new(shared));
+    // While this lives a drain cannot end: what is in the accept queue is still to be served.
+    let accepting = inbound.shared.drain.tasks().token();
     let life = async {
         accept_loop(listener, &inbound).await;
+        drop(accepting);
         inbound.shared.drain.closed().await;
         for link in inbound.registry.links() {
             link.end_calls(&Ending::Drained);

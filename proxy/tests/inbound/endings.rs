@@ -398,33 +398,70 @@ async fn live_calls_are_listed_without_query_and_leave_the_list() {
     until(|| sidecar.connections() == 0).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn a_stream_is_not_missed_when_the_policy_changes_as_it_begins() {
     let seen = app::Seen::default();
     let (sidecar, peer) = shop(endless(&seen, CHUNKED).await).await;
-    for _ in 0..30 {
+    let (mut ended, mut refused) = (0, 0);
+    for round in 0..40 {
         sidecar.publish(READERS);
-        let mut calls = Vec::new();
-        for n in 0..8 {
-            calls.push(
-                peer.begin(get(&format!("/orders/{n}")), true)
-                    .await
-                    .unwrap(),
-            );
-            if n == 4 {
-                sidecar.publish(HEALTH_ONLY);
+        let begin = async {
+            let mut calls = Vec::new();
+            for n in 0..12 {
+                calls.push(
+                    peer.begin(get(&format!("/orders/{n}")), true)
+                        .await
+                        .unwrap(),
+                );
+                tokio::time::sleep(Duration::from_micros(700)).await;
             }
-        }
+            calls
+        };
+        let change = async {
+            tokio::time::sleep(Duration::from_micros(300 * (round % 30))).await;
+            sidecar.publish(HEALTH_ONLY);
+        };
+        let (calls, ()) = tokio::join!(begin, change);
         for (response, _stream) in calls {
-            match soon(response).await {
-                Ok(response) if response.status() == StatusCode::OK => {
-                    let mut recv = response.into_body();
-                    let ended = soon(read_all(&mut recv, &mut Vec::new())).await;
-                    assert_eq!(ended.unwrap_err().reason(), Some(policy_denied()));
-                }
-                Ok(response) => assert_eq!(response.status(), StatusCode::FORBIDDEN),
-                Err(error) => panic!("{error:?}"),
+            let response = soon(response).await.unwrap();
+            if response.status() == StatusCode::FORBIDDEN {
+                refused += 1;
+                continue;
             }
+            let mut recv = response.into_body();
+            let end = soon(read_all(&mut recv, &mut Vec::new())).await;
+            assert_eq!(end.unwrap_err().reason(), Some(policy_denied()));
+            ended += 1;
         }
     }
+    // Otherwise the changes came before all calls or after them, and nothing was proved.
+    assert!(ended > 0 && refused > 0, "{ended} ended, {refused} refused");
+}
+
+#[tokio::test]
+async fn a_short_certificate_leaves_most_of_its_life_to_calls() {
+    let seen = app::Seen::default();
+    let (sidecar, _) = shop(endless(&seen, CHUNKED).await).await;
+    // A drain takes 30 s; going away that early would leave nothing of 20 s.
+    let life = Duration::from_secs(20);
+    let svid = sidecar.root.svid_of(&id("shop/web"), start(), life);
+    let store = store_with(&sidecar.clock, svid, trust(1, &[&sidecar.root], &[]));
+    let peer = Peer::with(sidecar.address, &store, &sidecar.clock)
+        .await
+        .unwrap();
+    assert_eq!(
+        peer.call(get("/x")).await.unwrap().status,
+        StatusCode::FORBIDDEN
+    );
+    sidecar.clock.advance(Duration::from_secs(14));
+    let answer = peer.call(get("/x")).await.unwrap();
+    assert_eq!(answer.status, StatusCode::FORBIDDEN, "still served");
+    sidecar.clock.advance(Duration::from_secs(2));
+    soon(async {
+        while peer.call(get("/x")).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    until(|| sidecar.connections() == 0).await;
 }
