@@ -85,17 +85,22 @@ struct Renewals {
 /// When the folder holds no running demo, or a sidecar does not answer.
 pub(crate) fn run(arguments: &CertsArgs) -> anyhow::Result<u8> {
     let sidecars = sidecars(arguments)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let mut all = Vec::new();
     for (workload, admin) in sidecars {
-        let certs = runtime
-            .block_on(ask(admin))
-            .with_context(|| format!("the sidecar of {workload} at {admin} does not answer; is it running?"))?;
+        let certs = runtime.block_on(ask(admin)).with_context(|| {
+            format!("the sidecar of {workload} at {admin} does not answer; is it running?")
+        })?;
         all.push((workload, certs));
     }
     let mut out = io::stdout().lock();
     if arguments.pem {
-        for certificate in all.iter().filter_map(|(_, certs)| certs.certificate.as_ref()) {
+        for certificate in all
+            .iter()
+            .filter_map(|(_, certs)| certs.certificate.as_ref())
+        {
             write!(out, "# {}\n{}", certificate.id, certificate.pem)?;
         }
         return Ok(0);
@@ -106,8 +111,21 @@ pub(crate) fn run(arguments: &CertsArgs) -> anyhow::Result<u8> {
         return Ok(0);
     }
     let now = SystemClock.now();
-    let header = ["WORKLOAD", "ID", "SERIAL", "ENDS IN", "NEXT RENEWAL", "RENEWED", "FAILED"];
-    print_table(&mut out, &header, all.iter().map(|(workload, certs)| row(workload, certs, now)))?;
+    let header = [
+        "WORKLOAD",
+        "ID",
+        "SERIAL",
+        "ENDS IN",
+        "NEXT RENEWAL",
+        "RENEWED",
+        "FAILED",
+    ];
+    print_table(
+        &mut out,
+        &header,
+        all.iter()
+            .map(|(workload, certs)| row(workload, certs, now)),
+    )?;
     for (workload, certs) in &all {
         if let Some(error) = &certs.renewals.last_error {
             writeln!(out, "{workload}: the last renewal failed: {error}")?;
@@ -118,18 +136,31 @@ pub(crate) fn run(arguments: &CertsArgs) -> anyhow::Result<u8> {
 
 fn sidecars(arguments: &CertsArgs) -> anyhow::Result<Vec<(String, SocketAddr)>> {
     if let Some(admin) = arguments.admin {
-        return Ok(vec![(arguments.workload.clone().unwrap_or_else(|| admin.to_string()), admin)]);
+        return Ok(vec![(
+            arguments
+                .workload
+                .clone()
+                .unwrap_or_else(|| admin.to_string()),
+            admin,
+        )]);
     }
     let file = arguments.dir.clone().unwrap_or_default().join("demo.json");
-    let text = std::fs::read(&file)
-        .with_context(|| format!("cannot read {}; does `sidegate demo --dir` run there?", file.display()))?;
+    let text = std::fs::read(&file).with_context(|| {
+        format!(
+            "cannot read {}; does `sidegate demo --dir` run there?",
+            file.display()
+        )
+    })?;
     let demo: Demo = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not what the demo writes", file.display()))?;
     let wanted = |sidecar: &DemoSidecar| match &arguments.workload {
         None => true,
         Some(name) => {
             sidecar.workload == *name
-                || sidecar.workload.split_once('/').is_some_and(|(_, account)| account == name)
+                || sidecar
+                    .workload
+                    .split_once('/')
+                    .is_some_and(|(_, account)| account == name)
         }
     };
     let found: Vec<_> = demo
@@ -139,7 +170,11 @@ fn sidecars(arguments: &CertsArgs) -> anyhow::Result<Vec<(String, SocketAddr)>> 
         .map(|sidecar| (sidecar.workload, sidecar.admin))
         .collect();
     if found.is_empty() {
-        bail!("no workload {} in {}", arguments.workload.as_deref().unwrap_or("at all"), file.display());
+        bail!(
+            "no workload {} in {}",
+            arguments.workload.as_deref().unwrap_or("at all"),
+            file.display()
+        );
     }
     Ok(found)
 }
@@ -156,13 +191,19 @@ async fn ask(admin: SocketAddr) -> Result<Certs, anyhow::Error> {
 
 fn row(workload: &str, certs: &Certs, now: SystemTime) -> Vec<String> {
     let certificate = certs.certificate.as_ref();
-    let of = |field: fn(&Certificate) -> &String| certificate.map_or_else(|| "-".to_owned(), |held| field(held).clone());
+    let of = |field: fn(&Certificate) -> &String| {
+        certificate.map_or_else(|| "-".to_owned(), |held| field(held).clone())
+    };
     vec![
         workload.to_owned(),
         of(|held| &held.id),
         of(|held| &held.serial),
         certificate.map_or_else(|| "-".to_owned(), |held| left(&held.not_after, now)),
-        certs.renewals.next.as_deref().map_or_else(|| "-".to_owned(), |next| format!("in {}", left(next, now))),
+        certs
+            .renewals
+            .next
+            .as_deref()
+            .map_or_else(|| "-".to_owned(), |next| format!("in {}", left(next, now))),
         certs.renewals.ok.to_string(),
         certs.renewals.failed.to_string(),
     ]
@@ -174,7 +215,9 @@ fn left(moment: &str, now: SystemTime) -> String {
         return moment.to_owned();
     };
     match SystemTime::from(moment).duration_since(now) {
-        Ok(left) => humantime::format_duration(std::time::Duration::from_secs(left.as_secs())).to_string(),
+        Ok(left) => {
+            humantime::format_duration(std::time::Duration::from_secs(left.as_secs())).to_string()
+        }
         Err(_) => "ended".to_owned(),
     }
 }

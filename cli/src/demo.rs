@@ -46,7 +46,11 @@ pub(crate) fn run(arguments: &DemoArgs) -> anyhow::Result<u8> {
         .context("cannot start the runtime")?;
     let temporary = match &arguments.dir {
         Some(_) => None,
-        None => Some(tempfile::Builder::new().prefix("sidegate-demo-").tempdir()?),
+        None => Some(
+            tempfile::Builder::new()
+                .prefix("sidegate-demo-")
+                .tempdir()?,
+        ),
     };
     let dir = match (&arguments.dir, &temporary) {
         (Some(dir), _) => std::path::absolute(dir)?,
@@ -104,10 +108,23 @@ async fn stop_requested() -> anyhow::Result<()> {
 fn print_mesh(description: &Description, took_ms: u128) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let count = description.sidecars.len();
-    writeln!(out, "A CA and {count} sidecars are up after {took_ms} ms, trust domain {}.\n", description.trust_domain)?;
-    let header = ["WORKLOAD", "OUTBOUND", "INBOUND", "ADMIN", "HEALTH", "APPLICATION"];
+    writeln!(
+        out,
+        "A CA and {count} sidecars are up after {took_ms} ms, trust domain {}.\n",
+        description.trust_domain
+    )?;
+    let header = [
+        "WORKLOAD",
+        "OUTBOUND",
+        "INBOUND",
+        "ADMIN",
+        "HEALTH",
+        "APPLICATION",
+    ];
     let rows = description.sidecars.iter().map(|sidecar| {
-        let application = sidecar.application.map_or_else(|| "-".to_owned(), |at| at.to_string());
+        let application = sidecar
+            .application
+            .map_or_else(|| "-".to_owned(), |at| at.to_string());
         vec![
             sidecar.workload.clone(),
             sidecar.outbound.to_string(),
@@ -118,7 +135,12 @@ fn print_mesh(description: &Description, took_ms: u128) -> io::Result<()> {
         ]
     });
     print_table(&mut out, &header, rows)?;
-    writeln!(out, "\nca {}, its root {}", description.ca.address, description.ca.root.display())
+    writeln!(
+        out,
+        "\nca {}, its root {}",
+        description.ca.address,
+        description.ca.root.display()
+    )
 }
 
 fn print_calls(outcomes: &[Outcome], format: Format) -> anyhow::Result<()> {
@@ -154,11 +176,17 @@ fn print_log(dir: &Path) -> anyhow::Result<()> {
 /// Commands that work as pasted.
 fn print_suggestions(description: &Description, dir: &Path) -> io::Result<()> {
     let outbound = |workload: &str| {
-        let sidecar = description.sidecars.iter().find(|sidecar| sidecar.workload == workload);
+        let sidecar = description
+            .sidecars
+            .iter()
+            .find(|sidecar| sidecar.workload == workload);
         sidecar.map_or_else(String::new, |sidecar| sidecar.outbound.to_string())
     };
     let (web, batch) = (outbound("shop/web"), outbound("jobs/batch"));
-    let ledger = description.sidecars.iter().find_map(|sidecar| sidecar.upstreams.get(LEDGER));
+    let ledger = description
+        .sidecars
+        .iter()
+        .find_map(|sidecar| sidecar.upstreams.get(LEDGER));
     let ledger_port = ledger.map_or(0, |address| address.port());
     let resources = description.resources.display();
     let dir = dir.display();

@@ -73,7 +73,12 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Version(arguments) => version::run(&arguments),
         Command::Completions(arguments) => {
             let mut script = Vec::new();
-            clap_complete::generate(arguments.shell, &mut Cli::command(), "sidegate", &mut script);
+            clap_complete::generate(
+                arguments.shell,
+                &mut Cli::command(),
+                "sidegate",
+                &mut script,
+            );
             io::stdout().write_all(&script)?;
             Ok(0)
         }
@@ -83,7 +88,9 @@ fn run(command: Command) -> anyhow::Result<u8> {
 /// Whoever reads us (`head`, a pager) has had enough: that is no failure.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let broken = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
-    error.chain().any(|cause| cause.downcast_ref().is_some_and(broken))
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref().is_some_and(broken))
 }
 
 fn install_diagnostics(verbose: u8) {
@@ -92,7 +99,10 @@ fn install_diagnostics(verbose: u8) {
         1 => tracing::Level::INFO,
         _ => tracing::Level::DEBUG,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .init();
 }
 
 #[cfg(test)]
@@ -109,7 +119,11 @@ mod tests {
         for command in Cli::command().get_subcommands() {
             let help = command.clone().render_long_help().to_string();
             let nested = command.has_subcommands();
-            assert!(nested || help.contains("Example"), "{} has no example", command.get_name());
+            assert!(
+                nested || help.contains("Example"),
+                "{} has no example",
+                command.get_name()
+            );
         }
     }
 }

@@ -35,7 +35,11 @@ pub(crate) fn run(arguments: &VersionArgs) -> anyhow::Result<u8> {
     };
     let mut out = io::stdout().lock();
     match arguments.output {
-        Format::Table => writeln!(out, "sidegate {} (resources {}, wire {})", version.version, version.api, version.wire)?,
+        Format::Table => writeln!(
+            out,
+            "sidegate {} (resources {}, wire {})",
+            version.version, version.api, version.wire
+        )?,
         other => other.print(&mut out, &version)?,
     }
     Ok(0)

@@ -149,23 +149,29 @@ impl<'a> Plan<'a> {
 
     /// Whether the call may be repeated without anybody having asked for it.
     fn is_safe(&self, outcome: Outcome<'_>, untried: usize) -> bool {
-        let Outcome::Failure { stage, error } = outcome else {
-            return false;
-        };
         if self.tries >= SAFE_TRIES_MAX {
             return false;
         }
-        match stage {
-            Stage::Unsent => untried > 0 && is_of_endpoint(error),
-            // A connection that goes away is no reason to leave its endpoint: a second one may do.
-            Stage::Refused => true,
-            Stage::Sent => {
-                untried > 0
-                    && self.subject.method.is_idempotent()
-                    && self.subject.grpc.is_none()
-                    && matches!(error, RequestError::UpstreamReset { .. })
+        match outcome {
+            Outcome::Failure { stage, error } => match stage {
+                Stage::Unsent => untried > 0 && is_of_endpoint(error),
+                // A connection that goes away is no reason to leave its endpoint: a second one may
+                // do.
+                Stage::Refused => true,
+                Stage::Sent => {
+                    let lost = matches!(error, RequestError::UpstreamReset { .. });
+                    untried > 0 && lost && self.is_idempotent()
+                }
+            },
+            // The other sidecar ended, and the call with it: a connection that was lost, in words.
+            Outcome::Answer { headers, .. } => {
+                untried > 0 && is_cut_by_sidecar(headers) && self.is_idempotent()
             }
         }
+    }
+
+    fn is_idempotent(&self) -> bool {
+        self.subject.grpc.is_none() && self.subject.method.is_idempotent()
     }
 
     /// Whether the policy asks for a retry after this outcome.
@@ -227,6 +233,13 @@ pub fn grpc_code(status: StatusCode, headers: &HeaderMap) -> Option<u32> {
         });
     }
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
+
+/// Whether an answer is another sidecar's, which ended before the application could answer. Only a
+/// sidecar can say so: it strips the header from what its application says.
+fn is_cut_by_sidecar(headers: &HeaderMap) -> bool {
+    let code = headers.get(crate::wire::ERROR);
+    code.is_some_and(|code| code == RequestError::DrainDeadline.code())
 }
 
 /// Whether a failure to send says something about the endpoint: a bound of our own does not.
@@ -409,6 +422,17 @@ mod tests {
         only.check(failure(Stage::Sent, &reset()), false);
         let timeout = RequestError::Timeout { after_ms: 1 };
         get(&traffic).check(failure(Stage::Sent, &timeout), false);
+    }
+
+    #[test]
+    fn a_call_that_ended_with_its_sidecar_is_repeated_only_if_idempotent() {
+        let traffic = Traffic::default();
+        let mut headers = HeaderMap::new();
+        headers.insert(crate::wire::ERROR, "drain_deadline".parse().unwrap());
+        get(&traffic).check(answer(503, &headers), true);
+        post(&traffic).check(answer(503, &headers), false);
+        headers.insert(crate::wire::ERROR, "denied".parse().unwrap());
+        get(&traffic).check(answer(403, &headers), false);
     }
 
     #[test]

@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
@@ -18,7 +17,7 @@ use sidegate_mesh::access_log::Protocol;
 use super::{BoundService, Connection, Outbound, note_refusal};
 use crate::call::Call;
 use crate::detect::Prefixed;
-use crate::error::RequestError;
+use crate::error::{RequestError, reason_words};
 use crate::forward::{Answer, Held, Outgoing, Start};
 use crate::limits::Permit;
 use crate::wire;
@@ -143,16 +142,29 @@ impl Outbound {
     ) where
         IO: tokio::io::AsyncRead + tokio::io::AsyncWrite,
     {
-        let mut carried = Carried {
-            call: Some(call),
-            bytes: TunnelBytes::default(),
+        let counters = call.counters();
+        let bytes = TunnelBytes {
+            from_wire: Arc::clone(&counters.response),
+            to_wire: Arc::clone(&counters.request),
         };
         let idle = TunnelIdle {
             limit: self.shared.config.limits.stream_idle_timeout,
             clock: Arc::clone(&self.shared.clock),
         };
-        let end = carry(tunnel, &mut send, recv, &carried.bytes, &idle).await;
-        carried.ended(&end);
+        match carry(tunnel, &mut send, recv, &bytes, &idle).await {
+            TunnelEnd::Clean => call.finish(),
+            TunnelEnd::PeerReset(reason) => fail(call, &reset(reason)),
+            TunnelEnd::Aborted(_) => fail(call, &RequestError::PeerReset { reason: None }),
+            TunnelEnd::Idle => fail(call, &RequestError::Idle),
+        }
+    }
+}
+
+fn reset(reason: Option<h2::Reason>) -> RequestError {
+    let lost = || "the connection was lost".to_owned();
+    RequestError::UpstreamReset {
+        reason,
+        detail: reason.map_or_else(lost, reason_words),
     }
 }
 
@@ -180,52 +192,4 @@ fn connect(service: &str, port: u16) -> Result<Request<()>, RequestError> {
 fn fail(mut call: Call, error: &RequestError) {
     call.fail(error);
     call.finish();
-}
-
-/// A tunnel's record, with the bytes that it carried, however it ends.
-struct Carried {
-    call: Option<Call>,
-    bytes: TunnelBytes,
-}
-
-impl Carried {
-    fn ended(&mut self, end: &TunnelEnd) {
-        let error = match end {
-            TunnelEnd::Clean => None,
-            TunnelEnd::PeerReset(reason) => Some(RequestError::UpstreamReset {
-                reason: *reason,
-                detail: reason.map_or_else(
-                    || "the connection was lost".to_owned(),
-                    crate::error::reason_words,
-                ),
-            }),
-            TunnelEnd::Aborted(_) => Some(RequestError::PeerReset { reason: None }),
-            TunnelEnd::Idle => Some(RequestError::Idle),
-        };
-        if let Some(mut call) = self.take() {
-            if let Some(error) = error {
-                call.fail(&error);
-            }
-            call.finish();
-        }
-    }
-
-    fn take(&mut self) -> Option<Call> {
-        let call = self.call.take()?;
-        let count = |bytes: &std::sync::atomic::AtomicU64| bytes.load(Ordering::Relaxed);
-        let counters = call.counters();
-        counters
-            .request
-            .store(count(&self.bytes.to_wire), Ordering::Relaxed);
-        counters
-            .response
-            .store(count(&self.bytes.from_wire), Ordering::Relaxed);
-        Some(call)
-    }
-}
-
-impl Drop for Carried {
-    fn drop(&mut self) {
-        drop(self.take());
-    }
 }
