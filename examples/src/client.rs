@@ -49,7 +49,7 @@ pub async fn get(
     path: &str,
     headers: &[(&str, &str)],
 ) -> Result<Answer, Error> {
-    let stream = TcpStream::connect(address).await?;
+    let stream = connect(address).await?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let mut request = Request::get(path)
@@ -94,9 +94,7 @@ pub async fn channel(
 ) -> Result<Channel, tonic::transport::Error> {
     // The origin becomes the authority; the connection goes to `address` whatever it says.
     let connect =
-        service_fn(
-            move |_origin| async move { TcpStream::connect(address).await.map(TokioIo::new) },
-        );
+        service_fn(move |_origin| async move { connect(address).await.map(TokioIo::new) });
     Endpoint::from_static(origin)
         .connect_timeout(CONNECT_TIMEOUT)
         .connect_with_connector(connect)
@@ -110,7 +108,7 @@ pub async fn channel(
 ///
 /// `HTTP 403` and the like when the upgrade is refused; else what went wrong.
 pub async fn websocket(address: SocketAddr, url: &str, message: &str) -> Result<String, Error> {
-    let stream = TcpStream::connect(address).await?;
+    let stream = connect(address).await?;
     let (mut socket, _answer) = match tokio_tungstenite::client_async(url, stream).await {
         Err(tungstenite::Error::Http(answer)) => {
             return Err(format!("HTTP {}", answer.status().as_u16()).into());
@@ -130,7 +128,7 @@ pub async fn websocket(address: SocketAddr, url: &str, message: &str) -> Result<
 ///
 /// When the connection fails, or is closed before an answer.
 pub async fn converse(address: SocketAddr, lines: &[&str]) -> std::io::Result<Vec<String>> {
-    let mut stream = BufReader::new(TcpStream::connect(address).await?);
+    let mut stream = BufReader::new(connect(address).await?);
     let mut said = vec![hear(&mut stream).await?];
     for line in lines {
         stream.write_all(format!("{line}\r\n").as_bytes()).await?;
@@ -138,6 +136,13 @@ pub async fn converse(address: SocketAddr, lines: &[&str]) -> std::io::Result<Ve
     }
     stream.shutdown().await?;
     Ok(said)
+}
+
+/// A call is several small writes; with Nagle's algorithm each may wait 40 ms for the one before.
+async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 async fn hear(stream: &mut BufReader<TcpStream>) -> std::io::Result<String> {

@@ -112,6 +112,8 @@ impl Control {
             identity_tasks,
             stop.clone(),
         )?;
+        // Counted at once: a write to the state folder is a task too, while it lasts.
+        let expected = identity_tasks.len();
         let status = Arc::clone(identity.status());
         let source = self.source();
         let admin = Admin {
@@ -150,9 +152,9 @@ impl Control {
             health.await;
             "health port"
         });
-        let upkeep = upkeep(Arc::clone(&self.shared), status, identity_tasks.clone());
+        let (shared, identity_tasks) = (Arc::clone(&self.shared), identity_tasks.clone());
         tasks.spawn(async move {
-            upkeep.await;
+            upkeep(shared, status, || identity_tasks.len() >= expected).await;
             "identity"
         });
         Ok(tasks)
@@ -191,13 +193,16 @@ fn tell(started: &SyncSender<Result<(), ControlError>>, result: Result<(), Contr
 }
 
 /// Copies what the identity counts into the metrics, and removes series of departed peers. Ends
-/// when a task of the identity does.
-async fn upkeep(shared: Arc<Shared>, status: Arc<IdentityStatus>, identity_tasks: TaskTracker) {
-    let expected = identity_tasks.len();
+/// when the identity no longer runs.
+async fn upkeep(
+    shared: Arc<Shared>,
+    status: Arc<IdentityStatus>,
+    identity_runs: impl Fn() -> bool,
+) {
     let sweep_every = shared.config.limits.metric_series_idle_timeout / SWEEPS;
     let mut sweep_at = shared.clock.now() + sweep_every;
     let mut epochs = shared.credentials.subscribe();
-    while identity_tasks.len() >= expected {
+    while identity_runs() {
         let now = shared.clock.now();
         follow_identity(&shared, &status);
         if now >= sweep_at {

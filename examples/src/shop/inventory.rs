@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_stream::{Stream, StreamExt};
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Running, start};
@@ -45,7 +45,8 @@ pub async fn serve(listen: SocketAddr) -> io::Result<Running> {
         .add_service(reflection)
         .add_service(reflection_alpha);
     start(listen, |listener, stop| async move {
-        let incoming = TcpListenerStream::new(listener);
+        // An answer is several small writes; with Nagle's algorithm each waits 40 ms for the last.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let served = router
             .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
             .await;

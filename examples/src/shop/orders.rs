@@ -80,7 +80,7 @@ pub async fn serve(listen: SocketAddr) -> io::Result<Running> {
 fn router() -> Router {
     let mut store = Store::default();
     for (id, item) in (1..).zip([
-        "tea", "pot", "cup", "milk", "sugar", "spoon", "tray", "cake", "jam",
+        "pot", "cup", "milk", "sugar", "spoon", "tray", "tea", "cake", "jam",
     ]) {
         store.orders.insert(
             id,
