@@ -466,6 +466,11 @@ impl Engine {
         loop {
             let mut heard = false;
             let ended = self.follow_once(&mut heard).await;
+            if ended.is_ok() {
+                // We ended it ourselves, to open another.
+                failures = 0;
+                continue;
+            }
             // A stream that worked was no failure, however it ended.
             failures = if heard { 1 } else { failures.saturating_add(1) };
             let delay = self.backoff(failures);
@@ -478,15 +483,18 @@ impl Engine {
 
     /// Follows one stream to its end; notes in `heard` that a bundle came over it.
     async fn follow_once(&self, heard: &mut bool) -> Result<(), IssueError> {
+        // Before the look at the SVID: one that comes between the two would be missed.
+        let mut epochs = self.store.subscribe();
+        let current = self.usable_svid();
+        let anonymous = current.is_none();
         let mut stream = self
             .issuer
             .watch_bundle(BundleWatch {
-                current: self.usable_svid(),
+                current,
                 verifier: Arc::new(self.verifier()),
                 acknowledgement: self.acknowledgement(String::new()),
             })
             .await?;
-        let mut epochs = self.store.subscribe();
         let mut refresh = REFRESH_DEFAULT;
         loop {
             let acknowledgement = tokio::select! {
@@ -499,6 +507,9 @@ impl Engine {
                     self.apply(update).await
                 }
                 changed = epochs.changed() => match changed {
+                    // The first SVID has come. Again with it: the CA must know whose
+                    // acknowledgements these are, or a change of roots waits for ever.
+                    Ok(()) if anonymous && self.usable_svid().is_some() => return Ok(()),
                     Ok(()) => self.acknowledgement(String::new()),
                     Err(_) => return Ok(()),
                 },
