@@ -310,7 +310,8 @@ impl AdminService {
 
 fn status(issuer: &Issuer) -> StatusResponse {
     let now = issuer.clock.now();
-    let registry = issuer.registry();
+    let mut registry = issuer.registry();
+    registry.prune(now);
     let watchers = issuer.watchers();
     let sequence = registry.sequence();
     let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);

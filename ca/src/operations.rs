@@ -412,7 +412,8 @@ impl Issuer {
     }
 
     fn waiting_for(&self, prepared: &Root) -> Option<String> {
-        let registry = self.registry();
+        let mut registry = self.registry();
+        registry.prune(self.clock.now());
         let watchers = self.watchers();
         let sequence = registry.sequence();
         let missing = watchers.missing(&registry, sequence, Some(prepared.sha256));
@@ -514,7 +515,8 @@ impl Issuer {
         if self.intermediate().root_sha256 == sha256 {
             return Some("the intermediate is not renewed under the new root yet".to_owned());
         }
-        let registry = self.registry();
+        let mut registry = self.registry();
+        registry.prune(self.clock.now());
         let revoked = |serial: &Serial| registry.revoked_serials().any(|other| other == serial);
         let ends: Vec<u64> = registry
             .certificates()
