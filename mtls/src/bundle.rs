@@ -90,6 +90,9 @@ impl Root {
     ) -> Result<Self, VerifyError> {
         let certificate = Certificate::parse(&der)?;
         certificate.check_issuer(trust_domain.as_str())?;
+        if certificate.has_unknown_critical_extension() {
+            return Err(VerifyError::UnknownCriticalExtension);
+        }
         let (not_before, not_after) = (certificate.not_before(), certificate.not_after());
         let public_key_sha256 = certificate.public_key_sha256();
         drop(certificate);

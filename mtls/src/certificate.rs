@@ -205,6 +205,22 @@ impl<'a> Certificate<'a> {
         }
     }
 
+    /// Whether a critical extension is one that webpki checks on a path. It looks at leaf and
+    /// intermediates only; for a root the question is ours.
+    pub(crate) fn has_unknown_critical_extension(&self) -> bool {
+        self.x509.extensions().iter().any(|extension| {
+            extension.critical
+                && !matches!(
+                    extension.parsed_extension(),
+                    ParsedExtension::BasicConstraints(_)
+                        | ParsedExtension::KeyUsage(_)
+                        | ParsedExtension::ExtendedKeyUsage(_)
+                        | ParsedExtension::SubjectAlternativeName(_)
+                        | ParsedExtension::NameConstraints(_)
+                )
+        })
+    }
+
     /// Whether the alternative names are marked critical where the subject is empty.
     pub(crate) fn alternative_name_is_critical_enough(&self) -> bool {
         let subject_is_empty = self.x509.subject().iter_rdn().next().is_none();

@@ -511,6 +511,17 @@ fn webpki_path(
     anchors: &[TrustAnchor<'_>],
     now: SystemTime,
 ) -> Result<(), VerifyError> {
+    // Both usages were already demanded of every certificate that limits itself.
+    webpki_path_for(KeyUsage::client_auth(), leaf, issuers, anchors, now)
+}
+
+fn webpki_path_for(
+    usage: KeyUsage,
+    leaf: &CertificateDer<'_>,
+    issuers: &[CertificateDer<'_>],
+    anchors: &[TrustAnchor<'_>],
+    now: SystemTime,
+) -> Result<(), VerifyError> {
     let since_epoch = now
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
@@ -521,8 +532,7 @@ fn webpki_path(
             anchors,
             issuers,
             UnixTime::since_unix_epoch(since_epoch),
-            // Both usages were already demanded of every certificate that limits itself.
-            KeyUsage::client_auth(),
+            usage,
             None,
             None,
         )
@@ -561,3 +571,6 @@ fn path_error(error: &webpki::Error) -> VerifyError {
         },
     }
 }
+
+#[cfg(test)]
+mod limbo;

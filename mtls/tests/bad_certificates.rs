@@ -823,6 +823,10 @@ async fn a_root_that_may_not_sign_never_enters_a_bundle() {
         refuse(&|params| params.key_usages.clear()),
         "issuer_key_usage"
     );
+    let unknown = |params: &mut CertificateParams| {
+        params.custom_extensions = vec![extension(UNKNOWN, true, &[5, 0])];
+    };
+    assert_eq!(refuse(&unknown), "critical_extension");
     let workload = |params: &mut CertificateParams| {
         params.subject_alt_names = vec![uri("spiffe://mesh.local/ns/shop/sa/web")];
     };
