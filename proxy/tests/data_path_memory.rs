@@ -65,7 +65,10 @@ async fn a_large_body_is_streamed_both_ways_in_little_memory() {
         let length = read.read(&mut buffer).await.unwrap();
         assert!(length > 0, "closed after {got} bytes");
         got += length;
-        sevens += buffer[..length].iter().filter(|byte| **byte == 7).count();
+        sevens += buffer[..length]
+            .iter()
+            .map(|byte| usize::from(*byte == 7))
+            .sum::<usize>();
         peak = peak.max(resident());
     }
     drop(writer.await.unwrap());
