@@ -48,14 +48,14 @@ fn moment(case: &Value) -> SystemTime {
 /// The refusal's code, or `None` when the path is believed.
 fn refusal(case: &Value) -> Option<String> {
     let code = |error: VerifyError| error.code().to_owned();
-    let unreadable = || "pem".to_owned();
-    let (leaf, issuers, roots) = match (
-        CertificateDer::from_pem_slice(case["peer_certificate"].as_str().unwrap().as_bytes()).ok(),
+    let leaf =
+        CertificateDer::from_pem_slice(case["peer_certificate"].as_str().unwrap().as_bytes());
+    let (Ok(leaf), Some(issuers), Some(roots)) = (
+        leaf,
         certificates(&case["untrusted_intermediates"]),
         certificates(&case["trusted_certs"]),
-    ) {
-        (Some(leaf), Some(issuers), Some(roots)) => (leaf, issuers, roots),
-        _ => return Some(unreadable()),
+    ) else {
+        return Some("pem".to_owned());
     };
     let now = moment(case);
     let judged = || -> Result<(), VerifyError> {
