@@ -49,8 +49,10 @@ def until(what, probe, seconds=DEADLINE_SECONDS):
 
 
 def run(*command, stdin=None, timeout=30):
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout)
-    return done.returncode, done.stdout, done.stderr
+    # Not as text: that would turn \r\n into \n.
+    given = None if stdin is None else stdin.encode()
+    done = subprocess.run(command, input=given, capture_output=True, timeout=timeout)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 class Demo:

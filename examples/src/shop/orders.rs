@@ -162,8 +162,9 @@ async fn relay_events(mut socket: WebSocket, sender: broadcast::Sender<Message>)
                     // Fails only without a receiver, and this task holds one.
                     drop(sender.send(message));
                 }
-                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                Some(Ok(Message::Close(_)) | Err(_)) | None => return,
+                // A close is answered by the next read, which then ends.
+                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Close(_))) => {}
+                Some(Err(_)) | None => return,
             },
             event = receiver.recv() => match event {
                 Ok(message) => if socket.send(message).await.is_err() { return },
