@@ -40,6 +40,7 @@ Examples:
 /// Calls: who called what, what was decided, how it ended.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
+#[command(group(clap::ArgGroup::new("log").required(true).args(["dir", "file"])))]
 #[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub(crate) struct LogsArgs {
     /// Only records of this workload's sidecar: its service account, or namespace/account.
@@ -84,10 +85,10 @@ pub(crate) struct LogsArgs {
     #[arg(long)]
     diagnostics: bool,
     /// Folder of `sidegate demo --dir DIR`; its logs are DIR/logs/*.log.
-    #[arg(long, value_name = "DIR", required_unless_present = "file")]
+    #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// One file; `-` is standard input.
-    #[arg(long, value_name = "F", conflicts_with = "dir")]
+    #[arg(long, value_name = "F")]
     file: Option<PathBuf>,
     /// How they are printed; JSON is one object a line.
     #[arg(short, long, value_enum, default_value_t)]

@@ -650,6 +650,21 @@ async fn a_rejection_that_no_request_carried_is_told_once() {
     assert_eq!(handle.rejection(), Some(rejection));
 }
 
+#[tokio::test]
+async fn a_body_that_broke_off_is_no_refusal_of_its_own() {
+    let (mut peer, io) = tokio::io::duplex(1024);
+    let (mut guard, handle) = guard_over(io, clock());
+    let cut = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\na";
+    peer.write_all(cut.as_bytes()).await.unwrap();
+    drop(peer);
+    let mut passed = String::new();
+    guard.read_to_string(&mut passed).await.unwrap();
+    assert_eq!(passed, cut);
+    let reason = handle.rejection().map(|rejection| rejection.reason);
+    assert_eq!(reason, Some(Reason::IncompleteBody));
+    assert_eq!(handle.take_unreported(), None, "the call's own record tells");
+}
+
 #[track_caller]
 fn answered(method: &Method, text: &str, expected: (u16, &str)) {
     for pieces in [whole(text), bytewise(text.as_bytes())] {

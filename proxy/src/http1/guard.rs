@@ -320,11 +320,12 @@ impl GuardHandle {
     }
 
     /// The rejection that no request has carried to the service, once: ask when the connection
-    /// has ended, so that every refusal is logged.
+    /// has ended, so that every refusal is logged. A body that broke off is none: its call tells.
     pub fn take_unreported(&self) -> Option<Rejection> {
         let mut shared = lock(&self.shared);
         let reported = std::mem::replace(&mut shared.reported, true);
-        shared.rejection.filter(|_| !reported)
+        let refusal = |rejection: &Rejection| rejection.reason != Reason::IncompleteBody;
+        shared.rejection.filter(|_| !reported).filter(refusal)
     }
 }
 
