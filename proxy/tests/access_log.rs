@@ -39,11 +39,13 @@ fn hostile(random: &mut fastrand::Rng) -> String {
         .collect()
 }
 
-async fn every_call_is_a_line_or_counted(calls: u64) {
+async fn every_call_is_a_line_or_counted(calls: u64, room: usize) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.log");
     let config = LogConfig {
         path: Some(path.clone()),
+        queue_records_max: room,
+        denials_queue_max: room,
         ..LogConfig::default()
     };
     let log = start(&config, Counters::default()).unwrap();
@@ -75,26 +77,24 @@ async fn every_call_is_a_line_or_counted(calls: u64) {
     let dropped = log.counters().dropped.get();
     eprintln!("{calls} calls: {lines} lines ({aggregated} of them sums), {dropped} dropped");
     assert_eq!(logged + dropped, calls);
-    assert!(logged > calls / 20, "far too much was dropped");
+    assert!(logged >= u64::try_from(room).unwrap(), "what had room was written");
 }
 
 #[tokio::test]
 async fn every_call_of_many_is_a_line_or_counted() {
-    every_call_is_a_line_or_counted(20_000).await;
+    every_call_is_a_line_or_counted(20_000, 16_384).await;
+    every_call_is_a_line_or_counted(20_000, 10).await;
 }
 
 #[tokio::test]
-#[cfg_attr(
-    debug_assertions,
-    ignore = "a million calls; `.ci/run` runs it with --release"
-)]
+#[ignore = "a million calls; `.ci/run` runs it with --release"]
 async fn every_call_of_a_million_is_a_line_or_counted() {
-    every_call_is_a_line_or_counted(1_000_000).await;
+    every_call_is_a_line_or_counted(1_000_000, 16_384).await;
 }
 
 /// What the log costs a call, with a writer that keeps up or does not.
 #[tokio::test]
-#[cfg_attr(debug_assertions, ignore = "measures time; run with --release")]
+#[ignore = "measures time; `.ci/run` runs it with --release"]
 async fn recording_a_call_costs_less_than_two_microseconds() {
     let folder = tempfile::tempdir().unwrap();
     let config = LogConfig {
@@ -115,5 +115,7 @@ async fn recording_a_call_costs_less_than_two_microseconds() {
         best = best.min(since.elapsed() / rounds);
     }
     eprintln!("one record: {best:?}");
-    assert!(best < std::time::Duration::from_micros(2), "{best:?}");
+    if !cfg!(debug_assertions) {
+        assert!(best < std::time::Duration::from_micros(2), "{best:?}");
+    }
 }

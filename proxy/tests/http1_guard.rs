@@ -662,7 +662,11 @@ async fn a_body_that_broke_off_is_no_refusal_of_its_own() {
     assert_eq!(passed, cut);
     let reason = handle.rejection().map(|rejection| rejection.reason);
     assert_eq!(reason, Some(Reason::IncompleteBody));
-    assert_eq!(handle.take_unreported(), None, "the call's own record tells");
+    assert_eq!(
+        handle.take_unreported(),
+        None,
+        "the call's own record tells"
+    );
 }
 
 #[track_caller]
@@ -1134,7 +1138,7 @@ proptest! {
 
 /// What a small head costs in the guard, beside the socket and hyper.
 #[test]
-#[cfg_attr(debug_assertions, ignore = "measures time; run with --release")]
+#[ignore = "measures time; `.ci/run` runs it with --release"]
 fn a_small_head_costs_less_than_a_microsecond() {
     const HEAD: &[u8] = b"GET /orders/7?full=1 HTTP/1.1\r\nHost: orders.shop\r\nUser-Agent: curl/8.5.0\r\nAccept: */*\r\nX-Request-Id: 0123456789abcdef\r\n\r\n";
     const ROUNDS: usize = 200_000;
@@ -1182,5 +1186,7 @@ fn a_small_head_costs_less_than_a_microsecond() {
     };
     let cost = time(true).saturating_sub(time(false));
     eprintln!("a head of {} bytes: {cost:?}", HEAD.len());
-    assert!(cost < Duration::from_micros(1), "{cost:?}");
+    if !cfg!(debug_assertions) {
+        assert!(cost < Duration::from_micros(1), "{cost:?}");
+    }
 }
