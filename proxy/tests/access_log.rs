@@ -77,7 +77,10 @@ async fn every_call_is_a_line_or_counted(calls: u64, room: usize) {
     let dropped = log.counters().dropped.get();
     eprintln!("{calls} calls: {lines} lines ({aggregated} of them sums), {dropped} dropped");
     assert_eq!(logged + dropped, calls);
-    assert!(logged >= u64::try_from(room).unwrap(), "what had room was written");
+    assert!(
+        logged >= u64::try_from(room).unwrap(),
+        "what had room was written"
+    );
 }
 
 #[tokio::test]
