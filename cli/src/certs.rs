@@ -21,7 +21,7 @@ use crate::output::{Format, print_table};
     after_help = "Examples:\n  sidegate certs --dir /tmp/mesh\n  sidegate certs shop/web --dir /tmp/mesh --pem"
 )]
 pub(crate) struct CertsArgs {
-    /// Only this workload: NAMESPACE/SERVICE_ACCOUNT, or just its service account.
+    /// Only this workload: namespace/service-account, or just its service account.
     workload: Option<String>,
     /// Folder of a running `sidegate demo --dir DIR`.
     #[arg(long, value_name = "DIR", required_unless_present = "admin")]

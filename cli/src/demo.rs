@@ -1,6 +1,7 @@
 //! `sidegate demo`: the whole mesh on localhost.
 
 use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -187,7 +188,7 @@ fn print_suggestions(description: &Description, dir: &Path) -> io::Result<()> {
         .sidecars
         .iter()
         .find_map(|sidecar| sidecar.upstreams.get(LEDGER));
-    let ledger_port = ledger.map_or(0, |address| address.port());
+    let ledger_port = ledger.map_or(0, SocketAddr::port);
     let resources = description.resources.display();
     let dir = dir.display();
     let mut out = io::stdout().lock();

@@ -16,7 +16,7 @@ pub(crate) struct VersionArgs {
 }
 
 #[derive(Serialize)]
-struct Version {
+struct About {
     version: &'static str,
     api: &'static str,
     wire: &'static str,
@@ -28,7 +28,7 @@ struct Version {
 ///
 /// When it cannot be written.
 pub(crate) fn run(arguments: &VersionArgs) -> anyhow::Result<u8> {
-    let version = Version {
+    let about = About {
         version: env!("CARGO_PKG_VERSION"),
         api: "sidegate.dev/v1alpha1",
         wire: "sidegate/1",
@@ -38,9 +38,9 @@ pub(crate) fn run(arguments: &VersionArgs) -> anyhow::Result<u8> {
         Format::Table => writeln!(
             out,
             "sidegate {} (resources {}, wire {})",
-            version.version, version.api, version.wire
+            about.version, about.api, about.wire
         )?,
-        other => other.print(&mut out, &version)?,
+        other => other.print(&mut out, &about)?,
     }
     Ok(0)
 }

@@ -75,139 +75,89 @@ pub async fn make_all(shop: &Shop) -> Result<Vec<Outcome>, ShopError> {
     Ok(outcomes)
 }
 
-async fn rest_calls(doors: Doors, outcomes: &mut Vec<Outcome>) {
-    let Doors {
-        web,
-        batch,
-        checkout,
-        orders_inbound,
-        ..
-    } = doors;
-    let mut note = |caller, call, expected, (actual, ms)| {
-        outcomes.push(Outcome {
+/// Notes a call and how it ended.
+struct Notes<'a> {
+    outcomes: &'a mut Vec<Outcome>,
+}
+
+impl Notes<'_> {
+    async fn call(
+        &mut self,
+        (caller, call): (&'static str, &'static str),
+        expected: &'static str,
+        making: impl Future<Output = Result<String, client::Error>>,
+    ) {
+        let (actual, ms) = timed(making).await;
+        self.outcomes.push(Outcome {
             caller,
             call,
             expected,
             actual,
             ms,
         });
-    };
-    let orders = "orders.shop";
-    note(
-        "shop/web",
-        "GET orders.shop/orders/7",
-        "200",
-        timed(status(web, orders, "/orders/7")).await,
-    );
-    note(
-        "shop/web",
-        "GET orders.shop/bytes/1000000",
-        "200",
-        timed(status(web, orders, "/bytes/1000000")).await,
-    );
-    note(
+    }
+}
+
+async fn rest_calls(doors: Doors, outcomes: &mut Vec<Outcome>) {
+    let mut notes = Notes { outcomes };
+    let (web, batch) = (doors.web, doors.batch);
+    let get = |address, path| status(address, "orders.shop", path);
+    let call = ("shop/web", "GET orders.shop/orders/7");
+    notes.call(call, "200", get(web, "/orders/7")).await;
+    let call = ("shop/web", "GET orders.shop/bytes/1000000");
+    notes.call(call, "200", get(web, "/bytes/1000000")).await;
+    let call = (
         "shop/web",
         "GET orders.shop/headers, spoofing another identity",
-        "seen as shop/web",
-        timed(spoof(web)).await,
     );
-    note(
-        "jobs/batch",
-        "GET orders.shop/healthz",
-        "200",
-        timed(status(batch, orders, "/healthz")).await,
-    );
-    note(
-        "jobs/batch",
-        "GET orders.shop/orders/7",
-        "403",
-        timed(status(batch, orders, "/orders/7")).await,
-    );
-    note(
-        "shop/web",
-        "GET nobody.shop/",
-        "destination_unknown",
-        timed(status(web, "nobody.shop", "/")).await,
-    );
-    note(
-        "a user",
-        "GET web/checkout/7, which calls all three",
-        "200",
-        timed(status(checkout, "web", "/checkout/7")).await,
-    );
-    note(
-        "nobody",
-        "GET orders' inbound port, in plaintext",
-        "refused",
-        timed(plaintext(orders_inbound)).await,
-    );
+    notes.call(call, "seen as shop/web", spoof(web)).await;
+    let call = ("jobs/batch", "GET orders.shop/healthz");
+    notes.call(call, "200", get(batch, "/healthz")).await;
+    let call = ("jobs/batch", "GET orders.shop/orders/7");
+    notes.call(call, "403", get(batch, "/orders/7")).await;
+    let call = ("shop/web", "GET nobody.shop/");
+    notes
+        .call(call, "destination_unknown", status(web, "nobody.shop", "/"))
+        .await;
+    let call = ("a user", "GET web/checkout/7, which calls all three");
+    notes
+        .call(call, "200", status(doors.checkout, "web", "/checkout/7"))
+        .await;
+    let call = ("nobody", "GET orders' inbound port, in plaintext");
+    notes
+        .call(call, "refused", plaintext(doors.orders_inbound))
+        .await;
 }
 
 async fn grpc_calls(doors: Doors, outcomes: &mut Vec<Outcome>) {
-    let mut note = |caller, call, expected, (actual, ms)| {
-        outcomes.push(Outcome {
-            caller,
-            call,
-            expected,
-            actual,
-            ms,
-        });
-    };
-    let Doors { web, batch, .. } = doors;
-    note(
-        "shop/web",
-        "shop.v1.Inventory/Get",
-        "Ok",
-        timed(grpc(web, Kind::Unary)).await,
-    );
-    note(
-        "shop/web",
-        "shop.v1.Inventory/Watch",
-        "Ok",
-        timed(grpc(web, Kind::ServerStreaming)).await,
-    );
-    note(
-        "shop/web",
-        "shop.v1.Inventory/Restock",
-        "Ok",
-        timed(grpc(web, Kind::ClientStreaming)).await,
-    );
-    note(
-        "shop/web",
-        "shop.v1.Inventory/Reserve",
-        "Ok",
-        timed(grpc(web, Kind::Bidirectional)).await,
-    );
-    note(
-        "jobs/batch",
-        "shop.v1.Inventory/Get",
-        "PermissionDenied",
-        timed(grpc(batch, Kind::Unary)).await,
-    );
+    let mut notes = Notes { outcomes };
+    let (web, batch) = (doors.web, doors.batch);
+    let kinds = [
+        ("shop.v1.Inventory/Get", Kind::Unary),
+        ("shop.v1.Inventory/Watch", Kind::ServerStreaming),
+        ("shop.v1.Inventory/Restock", Kind::ClientStreaming),
+        ("shop.v1.Inventory/Reserve", Kind::Bidirectional),
+    ];
+    for (call, kind) in kinds {
+        notes.call(("shop/web", call), "Ok", grpc(web, kind)).await;
+    }
+    let call = ("jobs/batch", "shop.v1.Inventory/Get");
+    notes
+        .call(call, "PermissionDenied", grpc(batch, Kind::Unary))
+        .await;
 }
 
 async fn stream_calls(doors: Doors, outcomes: &mut Vec<Outcome>) {
-    let mut note = |caller, call, expected, (actual, ms)| {
-        outcomes.push(Outcome {
-            caller,
-            call,
-            expected,
-            actual,
-            ms,
-        });
-    };
-    let Doors {
-        web, batch, ledger, ..
-    } = doors;
-    let call = "WebSocket orders.shop/orders/7/events";
-    note("shop/web", call, "echoed", timed(echo(web)).await);
-    note("jobs/batch", call, "HTTP 403", timed(echo(batch)).await);
-    note(
-        "shop/web",
-        "TCP ledger.shop:6379, server first",
-        "greeted",
-        timed(greet(ledger)).await,
-    );
+    let mut notes = Notes { outcomes };
+    let events = "WebSocket orders.shop/orders/7/events";
+    notes
+        .call(("shop/web", events), "echoed", echo(doors.web))
+        .await;
+    notes
+        .call(("jobs/batch", events), "HTTP 403", echo(doors.batch))
+        .await;
+    let call = ("shop/web", "TCP ledger.shop:6379, server first");
+    notes.call(call, "greeted", greet(doors.ledger)).await;
 }
 
 /// What `call` says, or why it failed, and the milliseconds that it took.

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
-use sidegate_local::{LocalError, LocalMesh, LocalSidecar, Member};
-use sidegate_mesh::{Clock, SpiffeIdError, TrustDomain};
+use sidegate_local::{LocalError, LocalMesh, LocalSidecar, Member, ServicePort};
+use sidegate_mesh::{
+    Ask, Caller, CanonicalPath, Clock, HttpAsk, Snapshot, SpiffeId, SpiffeIdError, TrustDomain,
+};
 
 use crate::shop::{Running, inventory, ledger, orders, web};
 
@@ -124,17 +126,14 @@ impl Shop {
     pub async fn open(dir: &Path, clock: Arc<dyn Clock>) -> Result<Self, ShopError> {
         let trust_domain: TrustDomain = "mesh.local".parse()?;
         let mut mesh = LocalMesh::start(dir, trust_domain, clock).await?;
-        for (file, policy) in POLICIES {
-            if !mesh.resources_dir().join(file).exists() {
-                mesh.write_resource(file, policy)?;
-            }
-        }
         let orders = listen("orders", orders::serve(ANY_PORT)).await?;
         let inventory = listen("inventory", inventory::serve(ANY_PORT)).await?;
         let ledger = listen("ledger", ledger::serve(ANY_PORT)).await?;
-        let to_ledger = LEDGER
-            .parse()
-            .map_err(|_| ShopError::Missing("shop/ledger"))?;
+        let to_ledger = ServicePort {
+            name: "ledger".to_owned(),
+            namespace: "shop".to_owned(),
+            port: 6379,
+        };
         let callees = [
             Member::new("shop", "orders").port("http", 80, orders.address),
             Member::new("shop", "inventory").port("grpc", 80, inventory.address),
@@ -165,8 +164,7 @@ impl Shop {
             ledger: upstream(beside, LEDGER).ok_or(ShopError::Missing("shop/web"))?,
         };
         let web = listen("web", async { web::serve(listener, reach) }).await?;
-        mesh.write_resource("services.yaml", &services_yaml(mesh.sidecars()))?;
-        mesh.ready().await?;
+        write_resources(&mesh).await?;
         let services = vec![
             ("shop/orders", orders),
             ("shop/inventory", inventory),
@@ -260,6 +258,59 @@ impl Shop {
     }
 }
 
+/// Services first, so that no policy is read before the service that it names, then the policies
+/// that are not there yet; returns when every sidecar has read them.
+async fn write_resources(mesh: &LocalMesh) -> Result<(), ShopError> {
+    mesh.write_resource("services.yaml", &services_yaml(mesh.sidecars()))?;
+    mesh.until(|_, snapshot| snapshot.routes.all().len() == mesh.sidecars().len() - 1)
+        .await?;
+    let missing: Vec<_> = POLICIES
+        .iter()
+        .filter(|(file, _)| !mesh.resources_dir().join(file).exists())
+        .collect();
+    for (file, policy) in &missing {
+        mesh.write_resource(file, policy)?;
+    }
+    let web = SpiffeId::for_workload(mesh.trust_domain(), "shop", "web")?;
+    mesh.until(|beside, snapshot| {
+        let (_, account) = beside.id.workload().unwrap_or_default();
+        let written = missing
+            .iter()
+            .any(|(file, _)| file.strip_suffix(".yaml") == Some(account));
+        !written || web_may_call(account, &web, snapshot)
+    })
+    .await?;
+    Ok(())
+}
+
+/// Whether the shop's own policy of `account` is in force, as it was written.
+fn web_may_call(account: &str, web: &SpiffeId, snapshot: &Snapshot) -> bool {
+    let (path, method, grpc) = match account {
+        "inventory" => ("/shop.v1.Inventory/Get", "POST", true),
+        _ => ("/orders", "GET", false),
+    };
+    let Ok(path) = CanonicalPath::parse(path) else {
+        return false;
+    };
+    let (port, ask) = match account {
+        "ledger" => (6379, Ask::Opaque),
+        _ => (
+            80,
+            Ask::Http(HttpAsk {
+                method,
+                path: &path,
+                authority: None,
+                upgrade: None,
+                grpc,
+            }),
+        ),
+    };
+    snapshot
+        .policy
+        .authorize(Caller::Mesh(web), port, &ask)
+        .is_served()
+}
+
 async fn listen(
     service: &'static str,
     serving: impl Future<Output = io::Result<Running>>,
@@ -277,27 +328,25 @@ fn upstream(beside: &LocalSidecar, service: &str) -> Option<SocketAddr> {
 
 /// A `StaticService` for each member that has a port, at the inbound address of its sidecar.
 fn services_yaml(sidecars: &[LocalSidecar]) -> String {
-    let mut yaml =
-        String::from("# Written by the demo at each start: where the sidecars listen.\n");
-    for beside in sidecars {
-        let Some(port) = beside.ports.first() else {
-            continue;
-        };
-        let name = port.name.as_deref().unwrap_or("http");
+    let services = sidecars.iter().filter_map(|beside| {
+        let port = beside.ports.first()?;
+        let name = port.name.as_deref()?;
+        let (namespace, account) = beside.id.workload()?;
+        let number = port.port;
         let protocol = if name == "tcp" { "tcp" } else { "auto" };
         let inbound = beside.sidecar.addresses().inbound;
-        let (namespace, account) = beside.id.workload().unwrap_or_default();
-        let number = port.port;
-        yaml.push_str(&format!(
-            "---\n\
-             apiVersion: sidegate.dev/v1alpha1\n\
-             kind: StaticService\n\
-             metadata: {{ name: {account}, namespace: {namespace} }}\n\
-             spec:\n  \
-               ports: [{{ name: {name}, port: {number}, protocol: {protocol} }}]\n  \
-               endpoints:\n    \
-                 - {{ address: \"{inbound}\", identity: {{ workload: {{ serviceAccount: {account} }} }} }}\n"
-        ));
-    }
-    yaml
+        Some(format!(
+            "---
+apiVersion: sidegate.dev/v1alpha1
+kind: StaticService
+metadata: {{ name: {account}, namespace: {namespace} }}
+spec:
+  ports: [{{ name: {name}, port: {number}, protocol: {protocol} }}]
+  endpoints:
+    - {{ address: \"{inbound}\", identity: {{ workload: {{ serviceAccount: {account} }} }} }}
+"
+        ))
+    });
+    let heading = "# Written by the demo at each start: where the sidecars listen.\n".to_owned();
+    services.fold(heading, |yaml, service| yaml + &service)
 }

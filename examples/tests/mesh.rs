@@ -8,6 +8,7 @@
 )]
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -133,42 +134,50 @@ spec:
     shop.close().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn losing_an_endpoint_fails_no_idempotent_call() {
-    let dir = tempfile::tempdir().unwrap();
+/// A mesh in which `orders` has two endpoints, and the outbound address of `web`.
+async fn two_endpoints(dir: &Path) -> (LocalMesh, SocketAddr) {
     let trust_domain = "mesh.local".parse().unwrap();
-    let mut mesh = LocalMesh::start(dir.path(), trust_domain, Arc::new(SystemClock))
+    let mut mesh = LocalMesh::start(dir, trust_domain, Arc::new(SystemClock))
         .await
         .unwrap();
-    let applications = [
-        orders::serve(ANYWHERE).await.unwrap(),
-        orders::serve(ANYWHERE).await.unwrap(),
-    ];
     let mut endpoints = String::new();
-    for (i, application) in applications.iter().enumerate() {
+    for i in 0..2 {
+        let application = orders::serve(ANYWHERE).await.unwrap();
         let member = Member::new("shop", "orders").port("http", 80, application.address);
         let mut config = mesh.sidecar_config(&member).await.unwrap();
-        config.state = Some(dir.path().join(format!("state/orders-{i}")));
-        config.log.path = Some(dir.path().join(format!("logs/orders-{i}.log")));
+        config.state = Some(dir.join(format!("state/orders-{i}")));
+        config.log.path = Some(dir.join(format!("logs/orders-{i}.log")));
         let inbound = mesh.add(config).unwrap().sidecar.addresses().inbound;
-        endpoints.push_str(&format!(
-            "    - {{ address: \"{inbound}\", identity: {{ workload: {{ serviceAccount: orders }} }} }}\n"
-        ));
+        endpoints += "    - { identity: { workload: { serviceAccount: orders } }, address: \"";
+        endpoints += &inbound.to_string();
+        endpoints += "\" }\n";
     }
     let config = mesh
         .sidecar_config(&Member::new("shop", "web"))
         .await
         .unwrap();
     let web = mesh.add(config).unwrap().sidecar.addresses().outbound;
-    mesh.write_resource("orders.yaml", include_str!("../resources/shop/orders.yaml"))
+    let orders = include_str!("../resources/shop/orders.yaml");
+    let service = "apiVersion: sidegate.dev/v1alpha1
+kind: StaticService
+metadata: { name: orders, namespace: shop }
+spec:
+  ports: [{ name: http, port: 80, protocol: auto }]
+  endpoints:
+";
+    let resources = format!("{orders}---\n{service}{endpoints}");
+    mesh.write_resource("orders.yaml", &resources).unwrap();
+    mesh.until(|_, snapshot| !snapshot.routes.all().is_empty())
+        .await
         .unwrap();
-    let service = format!(
-        "apiVersion: sidegate.dev/v1alpha1\nkind: StaticService\nmetadata: {{ name: orders, namespace: shop }}\nspec:\n  ports: [{{ name: http, port: 80, protocol: auto }}]\n  endpoints:\n{endpoints}"
-    );
-    mesh.write_resource("services.yaml", &service).unwrap();
-    mesh.ready().await.unwrap();
     until_status(web, "/orders/7", 200).await;
+    (mesh, web)
+}
 
+#[tokio::test(flavor = "multi_thread")]
+async fn losing_an_endpoint_fails_no_idempotent_call() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mesh, web) = two_endpoints(dir.path()).await;
     let (stop, served) = (
         Arc::new(AtomicBool::new(false)),
         Arc::new(AtomicU64::new(0)),

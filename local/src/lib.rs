@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sidegate_ca::{Ca, RunningCa};
-use sidegate_mesh::{Clock, Enforcement, SpiffeId, SpiffeIdError, TrustDomain};
+use sidegate_mesh::{Clock, Enforcement, Snapshot, SpiffeId, SpiffeIdError, TrustDomain};
 pub use sidegate_mtls::SystemClock;
-use sidegate_proxy::config::{self, ServicePort};
+use sidegate_proxy::config;
+pub use sidegate_proxy::config::ServicePort;
 use sidegate_proxy::sidecar::{Failure, Sidecar, StartError};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -40,7 +41,7 @@ pub enum LocalError {
     },
     /// The CA did not start.
     #[error("the CA did not start")]
-    Ca(#[source] sidegate_ca::StartError),
+    Ca(#[source] Box<sidegate_ca::StartError>),
     /// A workload's namespace or service account cannot be part of a SPIFFE ID.
     #[error("{workload} cannot have an identity")]
     Identity {
@@ -55,7 +56,7 @@ pub enum LocalError {
         /// `namespace/service-account`.
         workload: String,
         /// Why.
-        source: sidegate_ca::OperationError,
+        source: Box<sidegate_ca::OperationError>,
     },
     /// A sidecar ended before it was ready.
     #[error("the sidecar of {workload} will not be ready")]
@@ -71,7 +72,7 @@ pub enum LocalError {
         /// `namespace/service-account`.
         workload: String,
         /// Why.
-        source: StartError,
+        source: Box<StartError>,
     },
 }
 
@@ -201,7 +202,7 @@ impl LocalMesh {
         let trust_domain = config.trust_domain.clone();
         let ca = Ca::start(config, Arc::clone(&clock))
             .await
-            .map_err(LocalError::Ca)?;
+            .map_err(|error| LocalError::Ca(Box::new(error)))?;
         Ok(Self {
             dir: dir.to_owned(),
             trust_domain,
@@ -225,7 +226,7 @@ impl LocalMesh {
             .await
             .map_err(|error| LocalError::Token {
                 workload: member.workload(),
-                source: error,
+                source: Box::new(error),
             })?;
         let name = format!("{}-{}", member.namespace, member.service_account);
         let upstreams = member
@@ -280,19 +281,17 @@ impl LocalMesh {
         let sidecar = Sidecar::start(config, Arc::clone(&self.clock)).map_err(|source| {
             LocalError::Sidecar {
                 workload: workload.clone(),
-                source,
+                source: Box::new(source),
             }
         })?;
-        let at = self.sidecars.len();
-        self.sidecars.push(LocalSidecar {
+        Ok(self.sidecars.push_mut(LocalSidecar {
             workload,
             id,
             labels,
             ports,
             log,
             sidecar,
-        });
-        Ok(&self.sidecars[at])
+        }))
     }
 
     /// Waits until every sidecar has an SVID, a bundle and a complete snapshot.
@@ -312,6 +311,33 @@ impl LocalMesh {
                 })?;
         }
         Ok(())
+    }
+
+    /// Waits until the snapshot of every sidecar `holds`, and all are ready.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::ready`].
+    pub async fn until(
+        &self,
+        holds: impl Fn(&LocalSidecar, &Snapshot) -> bool,
+    ) -> Result<(), LocalError> {
+        for member in &self.sidecars {
+            let state = &member.sidecar.shared().state;
+            let mut numbers = state.subscribe();
+            while !state
+                .current()
+                .is_some_and(|snapshot| holds(member, &snapshot))
+            {
+                tokio::select! {
+                    failure = member.sidecar.failed() => {
+                        return Err(LocalError::Failed { workload: member.workload.clone(), source: failure });
+                    }
+                    Ok(()) = numbers.changed() => {}
+                }
+            }
+        }
+        self.ready().await
     }
 
     /// Waits until every record of a call that has ended is in its file.
