@@ -191,6 +191,7 @@ fn print_suggestions(description: &Description, dir: &Path) -> io::Result<()> {
     let ledger_port = ledger.map_or(0, SocketAddr::port);
     let resources = description.resources.display();
     let dir = dir.display();
+    let sidegate = program();
     let mut out = io::stdout().lock();
     writeln!(
         out,
@@ -203,14 +204,24 @@ Try, from another terminal:
   grpcurl -plaintext -authority inventory.shop {web} list
   grpcurl -plaintext -authority inventory.shop -d '{{\"sku\":\"tea\"}}' {web} shop.v1.Inventory/Get
   nc 127.0.0.1 {ledger_port}                                           # the ledger, as shop/web: it speaks first
-  sidegate logs --dir {dir} -f
-  sidegate logs --dir {dir} --denied
-  sidegate top --dir {dir}
-  sidegate authz test --dir {dir} --from jobs/batch --to shop/orders --method GET --path /orders/7
+  {sidegate} logs --dir {dir} -f
+  {sidegate} logs --dir {dir} --denied
+  {sidegate} top --dir {dir}
+  {sidegate} authz test --dir {dir} --from jobs/batch --to shop/orders --method GET --path /orders/7
   $EDITOR {resources}/orders.yaml                  # live in under a second"
     )?;
     if io::stdout().is_terminal() {
         writeln!(out, "\nCtrl-C ends it.")?;
     }
     out.flush()
+}
+
+/// This program as a user may type it: by its path from here, or by its name when it lies elsewhere.
+fn program() -> String {
+    let path = std::env::current_exe().ok();
+    let here = std::env::current_dir().ok();
+    let below = path
+        .zip(here)
+        .and_then(|(path, here)| Some(path.strip_prefix(here).ok()?.to_owned()));
+    below.map_or_else(|| "sidegate".to_owned(), |path| path.display().to_string())
 }
