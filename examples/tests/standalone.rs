@@ -17,6 +17,7 @@ use sidegate_examples::client;
 struct Standalone {
     dir: tempfile::TempDir,
     binaries: PathBuf,
+    prefix: u16,
 }
 
 impl Standalone {
@@ -46,7 +47,20 @@ impl Standalone {
             .unwrap();
         assert!(copied.success());
         std::fs::remove_dir_all(dir.path().join("run")).ok();
-        Self { dir, binaries }
+        let prefix = free_prefix();
+        let moved = Command::new("sh")
+            .args(["-c", "sed -i \"s/\\b19\\([0-9][0-9][0-9]\\)\\b/$0\\1/g\" mesh *.yaml resources/*.yaml"])
+            .arg(prefix.to_string())
+            .current_dir(dir.path())
+            .status()
+            .unwrap();
+        assert!(moved.success());
+        Self { dir, binaries, prefix }
+    }
+
+    /// The address whose port ends in `last`, wherever this copy's ports are.
+    fn at(&self, last: &str) -> SocketAddr {
+        format!("127.0.0.1:{}{last}", self.prefix).parse().unwrap()
     }
 
     fn mesh(&self, verb: &str) -> Output {
@@ -90,8 +104,17 @@ impl Drop for Standalone {
     }
 }
 
-async fn status(outbound: &str, path: &str) -> u16 {
-    let outbound: SocketAddr = outbound.parse().unwrap();
+/// The first two digits of five-digit ports of which none that the files name is taken: somebody
+/// may run the mesh as it is while the tests run.
+fn free_prefix() -> u16 {
+    let free = |prefix: &u16| {
+        let ports = (0..500).map(|last| prefix * 1000 + last);
+        ports.into_iter().all(|port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok())
+    };
+    (20..32).find(free).expect("500 free ports in a row below 32000")
+}
+
+async fn status(outbound: SocketAddr, path: &str) -> u16 {
     client::get(outbound, "orders.shop", path, &[])
         .await
         .unwrap()
@@ -103,10 +126,10 @@ async fn status(outbound: &str, path: &str) -> u16 {
 async fn the_mesh_runs_as_processes_and_outlives_its_ca() {
     let standalone = Standalone::new();
     standalone.must("up");
-    assert_eq!(status("127.0.0.1:19001", "/orders/7").await, 200);
-    assert_eq!(status("127.0.0.1:19401", "/orders/7").await, 403);
-    assert_eq!(status("127.0.0.1:19401", "/healthz").await, 200);
-    let checkout: SocketAddr = "127.0.0.1:19080".parse().unwrap();
+    assert_eq!(status(standalone.at("001"), "/orders/7").await, 200);
+    assert_eq!(status(standalone.at("401"), "/orders/7").await, 403);
+    assert_eq!(status(standalone.at("401"), "/healthz").await, 200);
+    let checkout: SocketAddr = standalone.at("080");
     let answer = client::get(checkout, "web", "/checkout/7", &[])
         .await
         .unwrap();
@@ -124,7 +147,7 @@ async fn the_mesh_runs_as_processes_and_outlives_its_ca() {
     assert!(killed.success());
     for _ in 0..20 {
         assert_eq!(
-            status("127.0.0.1:19001", "/orders/7").await,
+            status(standalone.at("001"), "/orders/7").await,
             200,
             "without a CA"
         );
@@ -134,7 +157,7 @@ async fn the_mesh_runs_as_processes_and_outlives_its_ca() {
     standalone.must("down");
     std::fs::remove_file(standalone.dir.path().join("run/web.token")).unwrap();
     standalone.must("up");
-    assert_eq!(status("127.0.0.1:19001", "/orders/7").await, 200);
+    assert_eq!(status(standalone.at("001"), "/orders/7").await, 200);
     let log = std::fs::read_to_string(standalone.dir.path().join("run/orders.log")).unwrap();
     assert!(log.contains("\"decision\":\"deny\""), "{log}");
 }
