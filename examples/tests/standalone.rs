@@ -161,3 +161,20 @@ async fn the_mesh_runs_as_processes_and_outlives_its_ca() {
     let log = std::fs::read_to_string(standalone.dir.path().join("run/orders.log")).unwrap();
     assert!(log.contains("\"decision\":\"deny\""), "{log}");
 }
+
+#[test]
+fn a_process_that_was_killed_is_not_taken_for_running_while_nobody_has_reaped_it() {
+    let standalone = Standalone::new();
+    let mut ended = Command::new("true").spawn().unwrap();
+    let run = standalone.dir.path().join("run");
+    std::fs::create_dir_all(&run).unwrap();
+    std::fs::write(run.join("ca.pid"), ended.id().to_string()).unwrap();
+    let state = format!("/proc/{}/stat", ended.id());
+    while std::fs::read_to_string(&state).is_ok_and(|stat| !stat.contains(") Z ")) {
+        std::thread::yield_now();
+    }
+    let said = String::from_utf8(standalone.mesh("status").stderr).unwrap();
+    assert!(said.contains("ca has ended"), "{said}");
+    std::fs::remove_file(run.join("ca.pid")).unwrap();
+    ended.wait().unwrap();
+}
