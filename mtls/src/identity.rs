@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::StreamExt as _;
+use sidegate_mesh::access_log::timestamp;
 use sidegate_mesh::spiffe::{SpiffeId, TrustDomain};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -75,7 +76,7 @@ impl Default for RenewalPolicy {
 #[non_exhaustive]
 pub enum IdentityError {
     /// The bootstrap trust cannot be read.
-    #[error("root file {path}")]
+    #[error("root file {path} (a copy of `root.pem` in the CA's state folder)")]
     RootFile {
         /// The file.
         path: PathBuf,
@@ -414,7 +415,7 @@ impl Engine {
         .await;
         info!(
             peer.id = %svid.id, serial = %svid.serial, generation = epoch,
-            not_after = ?svid.not_after, "svid rotated"
+            not_after = timestamp(svid.not_after), "svid rotated"
         );
         Ok(svid)
     }
