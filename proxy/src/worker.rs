@@ -6,6 +6,7 @@
 
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -15,9 +16,13 @@ use tokio::net::TcpListener;
 use tokio::task::LocalSet;
 
 use crate::config::{Config, ServicePort};
+use crate::drain::Phase;
 use crate::inbound;
 use crate::outbound::{BoundService, Outbound};
 use crate::shared::Shared;
+
+/// How long the calls that a drain's deadline cuts may take to say so.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -212,8 +217,23 @@ async fn serve(listeners: Listeners, shared: &Arc<Shared>) -> Result<(), String>
         std::future::pending().await
     };
     tokio::select! {
-        () = shared.drain.closed() => Ok(()),
+        () = ended(shared) => Ok(()),
         ended = watched => Err(ended),
+    }
+}
+
+/// Waits until the drain has closed, and then a little for what its deadline cuts to say so, to its
+/// peer and in its record. Who closes without a drain wants an end at once.
+async fn ended(shared: &Shared) {
+    let drain = &shared.drain;
+    drain.draining().await;
+    let graceful = drain.phase() != Phase::Closed;
+    drain.closed().await;
+    if graceful {
+        tokio::select! {
+            () = drain.tasks().wait() => {}
+            () = shared.clock.sleep(LAST_WORDS) => {}
+        }
     }
 }
 

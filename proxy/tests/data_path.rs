@@ -214,8 +214,8 @@ async fn a_caller_that_goes_away_is_seen_by_the_application() {
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
 }
 
-#[tokio::test]
-async fn a_websocket_talks_both_ways_and_closes() {
+/// A WebSocket server for one caller: it greets, then says everything again.
+async fn echoing_websocket() -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let application = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -228,7 +228,33 @@ async fn a_websocket_talks_both_ways_and_closes() {
             }
         }
     });
-    let pair = Pair::http(&[application]).await;
+    application
+}
+
+#[tokio::test]
+async fn a_call_that_the_end_of_a_drain_cuts_says_so() {
+    let pair = Pair::hasty(echoing_websocket().await).await;
+    let stream = TcpStream::connect(pair.outbound).await.unwrap();
+    let (mut socket, _) = tokio_tungstenite::client_async("ws://orders.shop/open/events", stream)
+        .await
+        .unwrap();
+    assert!(soon(socket.next()).await.unwrap().is_ok(), "it talks");
+    assert!(!soon(pair.orders[0].drain()).await, "it had to be cut");
+    let end = soon(socket.next()).await;
+    assert!(
+        end.is_none_or(|end| end.is_err()),
+        "an abort, never a close"
+    );
+    let record = pair
+        .record("orders", |record| record["protocol"] == "websocket")
+        .await;
+    assert_eq!(record["error"], "drain_deadline");
+    assert_eq!(record["flags"], serde_json::Value::Null, "{record}");
+}
+
+#[tokio::test]
+async fn a_websocket_talks_both_ways_and_closes() {
+    let pair = Pair::http(&[echoing_websocket().await]).await;
     let stream = TcpStream::connect(pair.outbound).await.unwrap();
     let (mut socket, response) =
         tokio_tungstenite::client_async("ws://orders.shop/open/events", stream)

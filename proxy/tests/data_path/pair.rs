@@ -58,28 +58,40 @@ pub struct Pair {
 impl Pair {
     /// In front of these applications, one sidecar each.
     pub async fn http(applications: &[SocketAddr]) -> Self {
-        Self::start(applications, POLICY, "auto", "").await
+        Self::start(applications, POLICY, "auto", ("", "")).await
     }
 
     /// As [`Self::http`], for gRPC.
     pub async fn grpc(application: SocketAddr) -> Self {
-        Self::start(&[application], POLICY, "grpc", "").await
+        Self::start(&[application], POLICY, "grpc", ("", "")).await
     }
 
     /// For opaque bytes; the port that leads there comes first of `upstreams`.
     pub async fn tcp(application: SocketAddr) -> Self {
         let more = "upstreams: [{ service: 'orders.shop:80', address: '127.0.0.1:0' }]";
-        Self::start(&[application], OPAQUE, "tcp", more).await
+        Self::start(&[application], OPAQUE, "tcp", (more, "")).await
     }
 
-    async fn start(apps: &[SocketAddr], policy: &str, protocol: &str, more: &str) -> Self {
+    /// As [`Self::http`], with a called sidecar that drains for a moment only.
+    pub async fn hasty(application: SocketAddr) -> Self {
+        let drain = "\ndrainTimeout: 100ms";
+        Self::start(&[application], POLICY, "auto", ("", drain)).await
+    }
+
+    /// `of_web` and `of_orders` are further YAML of their configurations.
+    async fn start(
+        apps: &[SocketAddr],
+        policy: &str,
+        protocol: &str,
+        (of_web, of_orders): (&str, &str),
+    ) -> Self {
         let mesh = Mesh::new();
         mesh.resource("policy.yaml", policy);
         let mut orders = Vec::new();
         let mut endpoints = String::new();
         for address in apps {
             let ports = format!(
-                "ports: [{{ name: http, port: 8080, address: '{address}', protocol: {protocol} }}]"
+                "ports: [{{ name: http, port: 8080, address: '{address}', protocol: {protocol} }}]{of_orders}"
             );
             let sidecar = mesh.start(mesh.config("shop", "orders", &ports)).unwrap();
             sidecar.ready().await.unwrap();
@@ -98,7 +110,7 @@ impl Pair {
                  endpoints:\n{endpoints}"
             ),
         );
-        let web = mesh.start(mesh.config("shop", "web", more)).unwrap();
+        let web = mesh.start(mesh.config("shop", "web", of_web)).unwrap();
         web.ready().await.unwrap();
         let outbound = web.addresses().outbound;
         Self {
