@@ -294,13 +294,20 @@ fn trace_id(traceparent: &str) -> Option<String> {
 
 /// Milliseconds with microseconds.
 fn milliseconds(duration: Duration) -> f64 {
-    let micros = u32::try_from(duration.as_micros()).map_or(f64::from(u32::MAX), f64::from);
-    micros / 1000.0
+    (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_call_of_days_keeps_its_duration() {
+        let days = Duration::from_hours(72);
+        assert!((milliseconds(days) - 259_200_000.0).abs() < 0.001);
+        let short = Duration::from_nanos(1_234_567);
+        assert!((milliseconds(short) - 1.235).abs() < f64::EPSILON);
+    }
 
     #[test]
     fn a_trace_id_is_taken_only_from_its_own_form() {

@@ -20,6 +20,8 @@ pub(super) struct Told {
     pub(super) status: Option<u16>,
     /// The gRPC status, when one was sent now.
     pub(super) grpc_status: Option<u32>,
+    /// Bytes of the body that was sent now.
+    pub(super) bytes: usize,
 }
 
 /// The answering half of one stream.
@@ -28,6 +30,8 @@ pub(super) struct Reply {
     stream: Option<SendStream<Bytes>>,
     /// Failures are told in gRPC's way.
     grpc: bool,
+    /// The answer has no body, whatever it says: the request was a HEAD.
+    bodiless: bool,
 }
 
 impl Reply {
@@ -36,7 +40,13 @@ impl Reply {
             respond,
             stream: None,
             grpc: false,
+            bodiless: false,
         }
+    }
+
+    /// The request's method, which says whether the answer may have a body.
+    pub(super) fn to(&mut self, method: &http::Method) {
+        self.bodiless = method == http::Method::HEAD;
     }
 
     /// From now on failures are told in gRPC's way.
@@ -94,8 +104,8 @@ impl Reply {
                 // A failure means that the stream has ended already.
                 drop(stream.send_trailers(error.grpc_trailers()));
                 Told {
-                    status: None,
                     grpc_status: Some(error.grpc_status()),
+                    ..Told::default()
                 }
             }
             Some(stream) => {
@@ -115,11 +125,12 @@ impl Reply {
         head.headers
             .entry(wire::ERROR)
             .or_insert_with(|| http::HeaderValue::from_static("unknown"));
+        let end = body.is_empty() || self.bodiless;
         let told = Told {
             status: Some(head.status.as_u16()),
             grpc_status: self.grpc.then(|| error.grpc_status()),
+            bytes: if end { 0 } else { body.len() },
         };
-        let end = body.is_empty();
         if let Ok(stream) = self.head(head, end)
             && !end
         {

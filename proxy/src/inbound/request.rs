@@ -11,6 +11,7 @@ use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{HeaderMap, Request};
 use sidegate_mesh::access_log::{Direction, Protocol};
+use sidegate_mesh::routes::{Endpoint, Routes};
 
 use super::reply::Reply;
 use super::session::Session;
@@ -21,6 +22,7 @@ use crate::connections::{Ending, LiveGuard, Subject};
 use crate::error::RequestError;
 use crate::headers::{self, Head, Kind, Sender};
 use crate::limits::Permit;
+use crate::shared::Shared;
 use crate::wire::{self, Spoken};
 
 /// Serves one stream and writes its record.
@@ -47,6 +49,7 @@ pub(super) async fn serve(
         }
         let told = reply.fail(&error);
         call.told(told.status, told.grpc_status);
+        call.counters().add_response(told.bytes);
         call.fail(&error);
     }
     call.finish();
@@ -90,6 +93,7 @@ fn sanitize(
     call: &mut Call,
 ) -> Result<Arc<Head>, RequestError> {
     let protocol = claimed_protocol(&parts.headers);
+    reply.to(&parts.method);
     reply.speak_grpc(protocol == Protocol::Grpc);
     // Noted as it came, for whoever looks for an attacker; overwritten when it is in order.
     call.record().protocol = protocol;
@@ -134,11 +138,23 @@ pub(super) fn admit(
     let snapshot = shared.state.current().ok_or(RequestError::NotReady)?;
     let decision = authorize::decide(&snapshot.policy, &session.link.peer().id, subject);
     call.decided(&decision, snapshot.number);
+    if let Subject::Request { port, head } = subject {
+        call.record().destination_service = called(&snapshot.routes, head, *port, shared);
+    }
     authorize::require_allowed(&decision)?;
     let in_flight = shared.limits.in_flight(Direction::Inbound);
     in_flight.try_acquire().ok_or(RequestError::Overloaded {
         bound: "inboundRequestsMax",
     })
+}
+
+/// The service that the caller named, where this workload is behind that service's port: what a
+/// caller only says is never put where a fact stands.
+fn called(routes: &Routes, head: &Head, port: u16, shared: &Shared) -> Option<Arc<str>> {
+    let route = routes.resolve(head.authority.as_ref()?)?;
+    let ours = |endpoint: &Endpoint| endpoint.identity == shared.workload.id;
+    let here = route.target_port == port && route.endpoints.iter().any(ours);
+    here.then(|| Arc::clone(&route.service))
 }
 
 /// What a call that is ended from outside fails with; the record names the policy that refuses now.

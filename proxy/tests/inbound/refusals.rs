@@ -38,6 +38,7 @@ async fn a_call_that_no_rule_admits_is_a_403_with_a_decision_that_the_log_explai
         (Some(Verdict::Deny), Some(403))
     );
     assert_eq!(record.reason.as_deref(), Some("no rule admits"));
+    assert_eq!(record.response_bytes, body.len() as u64);
     assert_eq!(
         record.source.as_deref(),
         Some("spiffe://mesh.local/ns/jobs/sa/batch")
@@ -48,6 +49,50 @@ async fn a_call_that_no_rule_admits_is_a_403_with_a_decision_that_the_log_explai
         seen.all().iter().all(|what| !what.contains("/orders")),
         "{:?}",
         seen.all()
+    );
+}
+
+#[tokio::test]
+async fn a_denied_head_request_gets_no_body() {
+    let (sidecar, _seen) = shop().await;
+    let peer = Peer::connect(&sidecar, "jobs/batch").await;
+    let answer = peer.call(request(Method::HEAD, "/orders/7")).await.unwrap();
+    assert_eq!((answer.status, answer.text()), (StatusCode::FORBIDDEN, ""));
+    assert!(answer.reset.is_none(), "{answer:?}");
+    assert_eq!(sidecar.record_of("/orders/7").await.response_bytes, 0);
+}
+
+#[tokio::test]
+async fn the_called_service_is_on_record_only_where_this_workload_is_behind_it() {
+    let (address, _seen) = app::http().await;
+    let service = |name: &str, account: &str| {
+        format!(
+            "---\napiVersion: sidegate.dev/v1alpha1\nkind: StaticService\n\
+             metadata: {{ name: {name}, namespace: shop }}\nspec:\n  \
+             ports: [{{ name: http, port: 80, targetPort: 8080, protocol: auto }}]\n  \
+             endpoints: [{{ address: \"127.0.0.1:1\", \
+             identity: {{ workload: {{ serviceAccount: {account} }} }} }}]\n"
+        )
+    };
+    let resources = format!(
+        "{READERS}{}{}",
+        service("orders", "orders"),
+        service("ledger", "ledger")
+    );
+    let sidecar = Sidecar::start(Setup::http(address, &resources)).await;
+    let peer = Peer::connect(&sidecar, "shop/web").await;
+    peer.call(get("/orders/7")).await.unwrap();
+    let record = sidecar.record_of("/orders/7").await;
+    assert_eq!(
+        record.destination_service.as_deref(),
+        Some("orders.shop:80")
+    );
+    let mut other = get("/orders/8");
+    *other.uri_mut() = "http://ledger.shop/orders/8".parse().unwrap();
+    peer.call(other).await.unwrap();
+    assert_eq!(
+        sidecar.record_of("/orders/8").await.destination_service,
+        None
     );
 }
 
