@@ -23,8 +23,10 @@ pub struct Limits {
     pub inbound_connections_per_peer: KeyedLimit,
     /// Outbound connections at once, those of bound ports included.
     pub outbound_connections: Limit,
-    /// TLS handshakes that have not ended yet.
+    /// Inbound TLS handshakes that have not ended yet.
     pub handshakes: Limit,
+    /// Outbound ones, apart from those: strangers that stall must keep no call from going out.
+    pub upstream_handshakes: Limit,
     /// Inbound requests at once.
     pub inbound_requests: Limit,
     /// Outbound requests at once.
@@ -54,6 +56,7 @@ impl Limits {
             ),
             outbound_connections: limit("outbound_connections", config.outbound_connections_max),
             handshakes: limit("handshakes", config.handshakes_max),
+            upstream_handshakes: limit("upstream_handshakes", config.handshakes_max),
             inbound_requests: limit("inbound_requests", config.inbound_requests_max),
             outbound_requests: limit("outbound_requests", config.outbound_requests_max),
             upstream_connections: limit("upstream_connections", config.upstream_connections_max),

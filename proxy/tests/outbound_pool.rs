@@ -288,6 +288,21 @@ async fn another_identity_at_the_address_gets_nothing() {
         Some("unexpected_identity")
     );
     assert_eq!(impostor.streams(), 0);
+    let failures = "sidegate_tls_handshake_failures_total\
+                    {direction=\"outbound\",reason=\"unexpected_identity\"} 1";
+    assert!(web.counts(failures));
+}
+
+#[tokio::test]
+async fn strangers_that_stall_in_their_handshakes_keep_no_call_from_going_out() {
+    let mesh = Mesh::new();
+    let peer = Peer::start(&mesh, "orders", says("ok")).await;
+    let web = Web::start(&mesh, &orders(&[&peer], "")).await;
+    let limits = &web.shared.limits;
+    let stalled: Vec<_> = std::iter::from_fn(|| limits.handshakes.try_acquire()).collect();
+    assert!(!stalled.is_empty());
+    let got = web.client().await.get("orders.shop", "/").await;
+    assert_eq!((got.status, got.text()), (200, "ok"));
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
+use sidegate_mesh::access_log::Direction;
 use sidegate_mtls::{HandshakeError, Peer};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -87,13 +88,17 @@ async fn establish(
         .await
         .map_err(|error| unreachable(&error))?;
     // One TLS handshake is one permit: a burst of new connections must not starve what runs.
-    let permit = pool.shared.limits.handshakes.try_acquire();
+    let permit = pool.shared.limits.upstream_handshakes.try_acquire();
     let permit = permit.ok_or(RequestError::Overloaded {
         bound: "handshakesMax",
     })?;
     let handshake = pool.connector.connect(tcp, &host.key.identity).await;
     drop(permit);
-    let (tls, peer) = handshake.map_err(|error| untrusted(&error))?;
+    let (tls, peer) = handshake.map_err(|error| {
+        let metrics = &pool.shared.metrics;
+        metrics.handshake_failure(Direction::Outbound, error.code());
+        untrusted(&error)
+    })?;
     if peer.epoch != host.key.epoch {
         // New credentials came in between; the next attempt has the new key.
         return Err(RequestError::UpstreamConnect {

@@ -387,6 +387,7 @@ pub struct Web {
     pub address: SocketAddr,
     pub shared: Arc<Shared>,
     pub outbound: Arc<Outbound>,
+    registry: prometheus_client::registry::Registry,
     records: mpsc::UnboundedReceiver<Record>,
 }
 
@@ -429,6 +430,7 @@ impl Web {
             address,
             shared,
             outbound,
+            registry,
             records,
         };
         web.publish(resources);
@@ -447,6 +449,13 @@ impl Web {
             .map_or(1, |snapshot| snapshot.number + 1);
         let (snapshot, _) = Snapshot::compile(store.resources(), &self.shared.workload, number);
         self.shared.state.publish(Arc::new(snapshot));
+    }
+
+    /// Whether `/metrics` would have this line.
+    pub fn counts(&self, line: &str) -> bool {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
+        text.lines().any(|sample| sample == line)
     }
 
     /// A port bound to a service of namespace `shop`.
