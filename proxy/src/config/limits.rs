@@ -16,7 +16,7 @@ pub struct LimitsConfig {
     pub inbound_connections_per_peer_max: u32,
     /// Outbound connections at once, those of `upstreams` included.
     pub outbound_connections_max: u32,
-    /// TLS handshakes at once that have not ended yet.
+    /// TLS handshakes at once that have not ended yet, in each direction.
     pub handshakes_max: u32,
     /// Longest TLS handshake.
     #[serde(with = "humantime_serde")]
@@ -119,7 +119,7 @@ impl Default for LimitsConfig {
             metric_series_max: 20_000,
             metric_series_idle_timeout: Duration::from_mins(15),
             resource_files_max: 4_096,
-            resource_file_bytes_max: 1024 * 1024,
+            resource_file_bytes_max: 4 * 1024 * 1024,
             resources_settle_time: Duration::from_millis(150),
             resources_reread_interval: Duration::from_secs(5),
         }

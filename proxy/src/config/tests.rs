@@ -344,3 +344,9 @@ resources: resources
         "docs/sidecar.yaml does not name {missing:?}"
     );
 }
+
+#[test]
+fn a_resource_file_may_be_as_large_as_the_grammar_reads() {
+    let max = LimitsConfig::default().resource_file_bytes_max;
+    assert_eq!(max as usize, sidegate_mesh::resource::FILE_BYTES_MAX);
+}
