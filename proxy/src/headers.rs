@@ -16,6 +16,7 @@ use sidegate_mesh::host::Authority;
 use sidegate_mesh::path::CanonicalPath;
 
 use crate::error::RequestError;
+use crate::http1;
 use crate::wire::{self, Spoken, WireLimits};
 
 /// Names the immediate caller to the application: `URI=spiffe://…`.
@@ -121,6 +122,10 @@ pub fn sanitize(
         mut headers,
         ..
     } = parts;
+    check_scheme(&uri)?;
+    if !http1::is_method(&method) {
+        return Err(bad("method"));
+    }
     let spoken = spoken(sender, version, &headers)?;
     let port = port(sender, &headers)?;
     let authority = authority(&uri, &headers, spoken)?;
@@ -347,6 +352,17 @@ fn requested_upgrade(parts: &request::Parts) -> Result<bool, RequestError> {
         && parts.version == Version::HTTP_11
         && lists(&parts.headers, &CONNECTION, "upgrade")
         && lists(&parts.headers, &UPGRADE, wire::WEBSOCKET))
+}
+
+/// `https` over plaintext is what gRPC clients with credentials of their own say; everything
+/// between sidecars is encrypted anyway.
+fn check_scheme(uri: &Uri) -> Result<(), RequestError> {
+    match uri.scheme() {
+        Some(scheme) if *scheme != Scheme::HTTP && *scheme != Scheme::HTTPS => {
+            Err(bad("target_scheme"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn spoken(sender: Sender, version: Version, headers: &HeaderMap) -> Result<Spoken, RequestError> {

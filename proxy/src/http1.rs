@@ -75,6 +75,15 @@ pub fn client(limits: &GuardLimits) -> hyper::client::conn::http1::Builder {
     builder
 }
 
+/// Whether this is a method as the guard reads one: in capitals, since a server that reads `get` as
+/// GET would serve what a policy for GET refuses. HTTP/2 is held to the same.
+pub(crate) fn is_method(method: &http::Method) -> bool {
+    !matches!(
+        syntax::check_method(method.as_str().as_bytes()),
+        Err(Reason::Method)
+    )
+}
+
 /// Header fields of the internal request.
 const INTERNAL_HEADERS: usize = 2;
 

@@ -389,3 +389,35 @@ fn a_key_made_here_is_16_bytes_in_base64() {
     assert!(b"AQgw".contains(&key.as_bytes()[21]));
     assert_ne!(key, websocket_key());
 }
+
+#[test]
+fn a_target_of_another_scheme_is_refused() {
+    let of = |target: &str| {
+        let parts = parts("GET", target, &[]);
+        sanitize(parts, Sender::Application, &WireLimits::default())
+    };
+    refused(of("ftp://orders.shop/orders/7"), "target_scheme");
+    assert!(of("http://orders.shop/orders/7").is_ok());
+    assert!(
+        of("https://orders.shop/orders/7").is_ok(),
+        "gRPC clients say so over plaintext"
+    );
+}
+
+#[test]
+fn a_method_in_small_letters_is_refused_however_it_came() {
+    for (version, sender) in [
+        (Version::HTTP_2, Sender::Application),
+        (Version::HTTP_2, Sender::Sidecar),
+        (Version::HTTP_11, Sender::Application),
+    ] {
+        for method in ["get", "Get", "deletE"] {
+            let mut parts = parts(method, "http://orders.shop/orders/7", &[]);
+            parts.version = version;
+            refused(sanitize(parts, sender, &WireLimits::default()), "method");
+        }
+        let mut parts = parts("PROP-FIND", "http://orders.shop/orders/7", &[]);
+        parts.version = version;
+        assert!(sanitize(parts, sender, &WireLimits::default()).is_ok());
+    }
+}
