@@ -155,17 +155,22 @@ impl RequestError {
             | Self::PolicyChanged { .. }
             | Self::DeniedByPeer
             | Self::NotCarried { .. } => StatusCode::FORBIDDEN,
-            Self::UpstreamIdentity { .. }
-            | Self::UpstreamReset { .. }
-            | Self::UpstreamProtocol { .. }
-            | Self::DestinationUnknown => StatusCode::BAD_GATEWAY,
-            Self::NotReady
+            // A refused stream never reached an application: the caller may send it again.
+            Self::UpstreamReset {
+                reason: Some(Reason::REFUSED_STREAM),
+                ..
+            }
+            | Self::NotReady
             | Self::Draining
             | Self::DrainDeadline
             | Self::Overloaded { .. }
             | Self::NoEndpoint
             | Self::UpstreamConnect { .. }
             | Self::CertificateEnded { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::UpstreamIdentity { .. }
+            | Self::UpstreamReset { .. }
+            | Self::UpstreamProtocol { .. }
+            | Self::DestinationUnknown => StatusCode::BAD_GATEWAY,
             Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::Idle | Self::PeerReset { .. } => StatusCode::REQUEST_TIMEOUT,
         }
@@ -313,7 +318,7 @@ impl RequestError {
             }
             Self::NotReady => "not ready",
             Self::Draining => "draining",
-            Self::DrainDeadline => "drain_deadline",
+            Self::DrainDeadline => "cut off by a drain",
             Self::Overloaded { .. } => "overloaded",
             Self::DestinationUnknown => "destination unknown",
             Self::NoEndpoint => "no endpoint available",

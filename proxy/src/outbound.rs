@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use http::{Request, Response};
 use hyper::upgrade::OnUpgrade;
-use sidegate_mesh::access_log::Direction;
+use sidegate_mesh::access_log::{Direction, Protocol};
 use sidegate_mesh::host::{Authority, ServiceName};
 use sidegate_mesh::routes::{PortProtocol, Route, Routes};
 use sidegate_mesh::{Clock, Verdict};
@@ -26,7 +26,7 @@ use crate::detect::{self, Detected};
 use crate::error::RequestError;
 use crate::forward::{self, Answer, Forwarded, Interim, Outgoing, Start};
 use crate::headers::{self, Head, Kind, Sender};
-use crate::http1::{GuardLimits, UpgradeGate};
+use crate::http1::{GuardHandle, GuardLimits, UpgradeGate};
 use crate::limits::Permit;
 use crate::pool::Pool;
 use crate::shared::Shared;
@@ -90,6 +90,8 @@ pub(crate) struct Caller {
     interim: Option<Arc<dyn Interim>>,
     upgrade: Option<(OnUpgrade, UpgradeGate)>,
     abort: Abort,
+    /// What reads the connection where that is HTTP/1.
+    guard: Option<GuardHandle>,
 }
 
 /// Serves one listener with an outbound half of its own. A worker with several listeners makes one
@@ -230,6 +232,7 @@ impl Outbound {
     /// A connection that speaks nothing that goes anywhere: it is closed, and on record.
     fn refuse(&self, connection: &Connection, reason: &'static str) {
         let mut call = self.begin(connection.address);
+        call.record().protocol = Protocol::Tcp;
         call.fail(&RequestError::BadRequest { reason });
         call.finish();
     }
@@ -249,13 +252,18 @@ impl Outbound {
     ) -> Response<Body> {
         let mut call = self.begin(caller.address);
         let (parts, body) = request.into_parts();
-        let grpc = parts
-            .headers
-            .get("content-type")
-            .is_some_and(headers::is_grpc_type);
+        let form = respond::Form::of(&parts);
+        call.record().protocol = match (form.grpc, parts.version) {
+            (true, _) => Protocol::Grpc,
+            (false, http::Version::HTTP_2) => Protocol::Http2,
+            (false, _) => Protocol::Http1,
+        };
         match self.forward(&mut call, parts, body, &mut caller).await {
             Ok(exchange) => exchange.respond(call, caller),
-            Err(error) => respond::refusal(call, &error, grpc),
+            Err(error) => {
+                let error = http1::cause(error, caller.guard.as_ref());
+                respond::refusal(call, &error, form)
+            }
         }
     }
 

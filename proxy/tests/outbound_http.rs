@@ -143,7 +143,9 @@ async fn what_is_not_http_is_refused_and_recorded() {
         tokio::io::AsyncWriteExt::write_all(&mut client.stream, bytes)
             .await
             .unwrap();
-        assert_eq!(web.record().await.reason.as_deref(), Some(reason));
+        let record = web.record().await;
+        assert_eq!(record.reason.as_deref(), Some(reason));
+        assert_eq!(record.protocol, sidegate_mesh::access_log::Protocol::Tcp);
         assert!(client.rest().await.0.is_empty());
     }
 }
@@ -647,5 +649,54 @@ async fn a_slow_reader_slows_its_writer_both_ways() {
     assert_eq!(
         (record.request_bytes, record.response_bytes),
         (64 << 20, 64 << 20)
+    );
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_its_framing_is_refused_once_and_by_its_reason() {
+    let mesh = Mesh::new();
+    let (peer, _heads) = teller(&mesh).await;
+    let mut web = Web::start(&mesh, &orders(&[&peer], "")).await;
+    let mut client = web.client().await;
+    client
+        .send("POST /orders HTTP/1.1\r\nhost: orders.shop\r\ntransfer-encoding: chunked\r\n\r\n1\nZ\n0\n\n")
+        .await;
+    let got = client.reply().await;
+    assert_eq!(
+        (got.status, got.header("sidegate-error")),
+        (400, Some("bad_request"))
+    );
+    let record = web.record().await;
+    assert_eq!(
+        (record.error, record.status),
+        (Some("bad_request"), Some(400))
+    );
+    assert_eq!(record.reason.as_deref(), Some("chunk_size"));
+    assert_eq!(record.path.as_deref(), Some("/orders"));
+    let got = web.client().await.get("orders.shop", "/next").await;
+    assert_eq!(got.status, 200);
+    let record = web.record().await;
+    assert_eq!(
+        record.path.as_deref(),
+        Some("/next"),
+        "nothing was told of twice"
+    );
+}
+
+#[tokio::test]
+async fn a_head_request_refused_here_gets_no_body_over_http2_either() {
+    let mesh = Mesh::new();
+    let mut web = Web::start(&mesh, "").await;
+    let mut client = web.h2().await;
+    let request = Request::head("http://nobody.shop/x").body(()).unwrap();
+    let (response, _) = client.send_request(request, true).unwrap();
+    let response = soon(response).await.unwrap();
+    assert_eq!(response.status(), 502);
+    let (body, _) = soon(read_all(response.into_body())).await.unwrap();
+    assert_eq!(body, "");
+    let record = web.record().await;
+    assert_eq!(
+        (record.response_bytes, record.error),
+        (0, Some("destination_unknown"))
     );
 }

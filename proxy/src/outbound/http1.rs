@@ -80,6 +80,7 @@ impl Outbound {
             interim: None,
             upgrade: gate.map(|gate| (hyper::upgrade::on(&mut request), gate)),
             abort: connection.abort.clone(),
+            guard: Some(handle.clone()),
         };
         let mut response = self.handle_request(request.map(Body::from), caller).await;
         *response.version_mut() = Version::HTTP_11;
@@ -87,17 +88,34 @@ impl Outbound {
     }
 
     fn refuse_head(&self, connection: &Connection, rejection: Rejection) -> Response<Body> {
-        let error = if rejection.status() == StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE {
-            RequestError::HeaderListTooLarge
-        } else {
-            RequestError::BadRequest {
-                reason: rejection.code(),
-            }
-        };
+        let error = refused(rejection);
         let mut call = self.begin(connection.address);
         call.record().protocol = sidegate_mesh::access_log::Protocol::Http1;
-        let mut response = respond::refusal(call, &error, false);
+        let mut response = respond::refusal(call, &error, respond::Form::default());
         *response.status_mut() = rejection.status();
         response
+    }
+}
+
+/// A refusal of the guard, as the failure of a call.
+fn refused(rejection: Rejection) -> RequestError {
+    if rejection.status() == StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE {
+        RequestError::HeaderListTooLarge
+    } else {
+        RequestError::BadRequest {
+            reason: rejection.code(),
+        }
+    }
+}
+
+/// What a call failed with: a body that the guard refused looks like a caller that gave up.
+pub(super) fn cause(error: RequestError, guard: Option<&GuardHandle>) -> RequestError {
+    let refusal = || {
+        let guard = guard.filter(|guard| guard.rejection().is_some())?;
+        guard.take_unreported()
+    };
+    match error {
+        RequestError::PeerReset { .. } => refusal().map_or(error, refused),
+        _ => error,
     }
 }

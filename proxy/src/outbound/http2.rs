@@ -134,6 +134,7 @@ impl Outbound {
             interim: Some(Arc::new(Informational(Arc::clone(&respond)))),
             upgrade: None,
             abort: connection.abort.clone(),
+            guard: None,
         };
         let request = Request::from_parts(parts, Body::from(body));
         let response = tokio::select! {

@@ -93,13 +93,17 @@ impl Exchange {
             held,
         } = self.answer;
         let (Some((upgraded, gate)), Some(send)) = (caller.upgrade, send) else {
-            return refusal(call, &RequestError::NotCarried { reason: "upgrade" }, false);
+            return refusal(
+                call,
+                &RequestError::NotCarried { reason: "upgrade" },
+                Form::default(),
+            );
         };
         if let Err(rejection) = gate.accept() {
             let error = RequestError::BadRequest {
                 reason: rejection.code(),
             };
-            return refusal(call, &error, false);
+            return refusal(call, &error, Form::default());
         }
         head.status = StatusCode::SWITCHING_PROTOCOLS;
         head.headers
@@ -121,10 +125,34 @@ impl Exchange {
     }
 }
 
+/// In which form a caller is told of a failure.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Form {
+    /// In gRPC's way.
+    pub(super) grpc: bool,
+    /// Without a body, as the answer to a HEAD is.
+    pub(super) bodiless: bool,
+}
+
+impl Form {
+    /// The form for the caller of this request.
+    pub(super) fn of(request: &http::request::Parts) -> Self {
+        let content_type = request.headers.get(http::header::CONTENT_TYPE);
+        Self {
+            grpc: content_type.is_some_and(headers::is_grpc_type),
+            bodiless: request.method == Method::HEAD,
+        }
+    }
+}
+
 /// The response to a call that failed here, and its record.
-pub(super) fn refusal(mut call: Call, error: &RequestError, grpc: bool) -> Response<Body> {
+pub(super) fn refusal(mut call: Call, error: &RequestError, form: Form) -> Response<Body> {
+    let grpc = form.grpc;
     call.fail(error);
-    let response = error.to_response(grpc);
+    let mut response = error.to_response(grpc);
+    if form.bodiless {
+        *response.body_mut() = Bytes::new();
+    }
     call.told(
         Some(response.status().as_u16()),
         grpc.then(|| error.grpc_status()),
