@@ -49,13 +49,20 @@ impl Standalone {
         std::fs::remove_dir_all(dir.path().join("run")).ok();
         let prefix = free_prefix();
         let moved = Command::new("sh")
-            .args(["-c", "sed -i \"s/\\b19\\([0-9][0-9][0-9]\\)\\b/$0\\1/g\" mesh *.yaml resources/*.yaml"])
+            .args([
+                "-c",
+                "sed -i \"s/\\b19\\([0-9][0-9][0-9]\\)\\b/$0\\1/g\" mesh *.yaml resources/*.yaml",
+            ])
             .arg(prefix.to_string())
             .current_dir(dir.path())
             .status()
             .unwrap();
         assert!(moved.success());
-        Self { dir, binaries, prefix }
+        Self {
+            dir,
+            binaries,
+            prefix,
+        }
     }
 
     /// The address whose port ends in `last`, wherever this copy's ports are.
@@ -109,9 +116,13 @@ impl Drop for Standalone {
 fn free_prefix() -> u16 {
     let free = |prefix: &u16| {
         let ports = (0..500).map(|last| prefix * 1000 + last);
-        ports.into_iter().all(|port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok())
+        ports
+            .into_iter()
+            .all(|port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok())
     };
-    (20..32).find(free).expect("500 free ports in a row below 32000")
+    (20..32)
+        .find(free)
+        .expect("500 free ports in a row below 32000")
 }
 
 async fn status(outbound: SocketAddr, path: &str) -> u16 {

@@ -9,6 +9,7 @@ use http::{HeaderMap, HeaderName, Version};
 
 use crate::config::LimitsConfig;
 
+pub mod flood;
 pub mod keepalive;
 pub mod send;
 pub mod tunnel;

@@ -3,7 +3,8 @@
 //! Always true: the connection is told to go away before it ends, unless its peer is no longer
 //! believed; from then on a new stream is answered with `REFUSED_STREAM`, which its caller may
 //! retry elsewhere; at the certificate's end, and at the drain's, nothing goes on. A peer that
-//! resets its calls faster than anybody has reason to loses its connection.
+//! resets its calls, or sends frames of no call, faster than anybody has reason to loses its
+//! connection.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -19,6 +20,7 @@ use tokio_rustls::server::TlsStream;
 use super::{Inbound, handshake, request};
 use crate::connections::{Ending, Link, LinkGuard};
 use crate::wire;
+use crate::wire::flood::{Budget, Metered};
 use crate::wire::keepalive;
 
 /// How often a quiet peer is asked whether it is still there, and how long it may take to say so.
@@ -34,42 +36,28 @@ const GOING_AWAY_SHARE: u32 = 4;
 /// callers give up, far less than a flood (CVE-2023-44487).
 const RESETS: (u32, u32) = (1_000, 100);
 
+/// SETTINGS, PINGs and other frames of no call, at once and then in each second: a sidecar sends a
+/// few in a minute.
+const IDLE_FRAMES: (u32, u32) = (200, 20);
+
 /// One connection, as its calls see it.
 pub(super) struct Session {
     pub(super) inbound: Arc<Inbound>,
     pub(super) link: Arc<Link>,
     resets: Mutex<Budget>,
     flood: Notify,
+    frames: Arc<Notify>,
 }
 
-/// What is left of [`RESETS`], and since when.
-struct Budget {
-    left: u32,
-    since: SystemTime,
-}
-
-impl Budget {
-    /// One less; false when nothing was left.
-    fn spend(&mut self, now: SystemTime) -> bool {
-        let (burst, per_second) = RESETS;
-        let seconds = now.duration_since(self.since).unwrap_or_default().as_secs();
-        if seconds > 0 {
-            let more = per_second.saturating_mul(u32::try_from(seconds).unwrap_or(u32::MAX));
-            self.left = self.left.saturating_add(more).min(burst);
-            self.since = now;
-        }
-        let spent = self.left.checked_sub(1);
-        self.left = spent.unwrap_or_default();
-        spent.is_some()
-    }
-}
-
-type Http2 = Connection<TlsStream<TcpStream>, Bytes>;
+type Http2 = Connection<Metered<TlsStream<TcpStream>>, Bytes>;
 
 /// Serves the connection to its end.
 pub(super) async fn run(inbound: &Arc<Inbound>, link: &LinkGuard, stream: TlsStream<TcpStream>) {
     let clock = &inbound.shared.clock;
     let timeout = inbound.shared.config.limits.handshake_timeout;
+    let frames = Arc::new(Notify::new());
+    let budget = Budget::new(IDLE_FRAMES, clock.now());
+    let stream = Metered::new(stream, budget, Arc::clone(clock), Arc::clone(&frames));
     let handshake = tokio::select! {
         handshake = inbound.limits.server().handshake(stream) => handshake,
         () = clock.sleep(timeout) => return,
@@ -81,11 +69,9 @@ pub(super) async fn run(inbound: &Arc<Inbound>, link: &LinkGuard, stream: TlsStr
     let session = Arc::new(Session {
         inbound: Arc::clone(inbound),
         link: Arc::clone(link.link()),
-        resets: Mutex::new(Budget {
-            left: RESETS.0,
-            since: clock.now(),
-        }),
+        resets: Mutex::new(Budget::new(RESETS, clock.now())),
         flood: Notify::new(),
+        frames,
     });
     session.serve(http2).await;
 }
@@ -113,8 +99,8 @@ impl Session {
                     self.link.end_calls(&Ending::Drained);
                     return self.close(http2, Reason::NO_ERROR).await;
                 }
-                () = self.flood.notified() => {
-                    handshake::log_cut(shared, &self.link, "reset_flood");
+                flood = self.flooded() => {
+                    handshake::log_cut(shared, &self.link, flood);
                     self.link.end_calls(&Ending::Flood);
                     return self.close(http2, Reason::ENHANCE_YOUR_CALM).await;
                 }
@@ -132,11 +118,19 @@ impl Session {
         }
     }
 
+    /// Waits for a flood, and says which.
+    async fn flooded(&self) -> &'static str {
+        tokio::select! {
+            () = self.flood.notified() => "reset_flood",
+            () = self.frames.notified() => "frame_flood",
+        }
+    }
+
     /// A call was reset by the peer before its answer.
     pub(super) fn count_reset(&self) {
         let now = self.inbound.shared.clock.now();
         let mut resets = self.resets.lock().unwrap_or_else(PoisonError::into_inner);
-        if !resets.spend(now) {
+        if !resets.spend(1, now) {
             self.flood.notify_one();
         }
     }
@@ -247,26 +241,4 @@ async fn flush(http2: &mut Http2) {
         std::task::Poll::Ready(())
     })
     .await;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_budget_bites_and_recovers() {
-        let start = SystemTime::UNIX_EPOCH;
-        let mut budget = Budget {
-            left: RESETS.0,
-            since: start,
-        };
-        assert!((0..RESETS.0).all(|_| budget.spend(start)));
-        assert!(!budget.spend(start));
-        let later = start + Duration::from_secs(1);
-        assert!((0..RESETS.1).all(|_| budget.spend(later)));
-        assert!(!budget.spend(later));
-        let much_later = start + Duration::from_hours(1);
-        assert!((0..RESETS.0).all(|_| budget.spend(much_later)));
-        assert!(!budget.spend(much_later), "never more than the burst");
-    }
 }

@@ -114,6 +114,46 @@ async fn continuation_settings_and_ping_floods_are_survived() {
 }
 
 #[tokio::test]
+async fn a_peer_that_keeps_a_worker_busy_with_frames_of_no_call_loses_its_connection() {
+    let (sidecar, honest) = shop().await;
+    let preface = [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        frame(4, 0, 0, &[]),
+    ]
+    .concat();
+    let settings = frame(4, 0, 0, &[0, 4, 0, 0, 255, 255]);
+    let ping = frame(6, 0, 0, &[0; 8]);
+    for idle in [settings, ping] {
+        let svid = sidecar.root.svid(&id("shop/web"));
+        let store = store_with(&sidecar.clock, svid, trust(1, &[&sidecar.root], &[]));
+        let tls = handshake(sidecar.address, &store, &sidecar.clock, &id("shop/orders"))
+            .await
+            .unwrap();
+        // The answers are read: only the number of frames gives this peer away.
+        let (mut answers, mut sending) = tokio::io::split(tls);
+        let reader =
+            tokio::spawn(
+                async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await },
+            );
+        sending.write_all(&preface).await.unwrap();
+        let flood = async {
+            while sending.write_all(&idle.repeat(100)).await.is_ok()
+                && sending.flush().await.is_ok()
+            {
+                tokio::task::yield_now().await;
+            }
+        };
+        soon(flood).await;
+        drop(soon(reader).await);
+        let cut = sidecar
+            .record(|record| record.error == Some("connection_cut"))
+            .await;
+        assert_eq!(cut.reason.as_deref(), Some("frame_flood"));
+        still_serves(&sidecar, &honest).await;
+    }
+}
+
+#[tokio::test]
 async fn many_streams_that_each_hold_one_small_frame_do_not_end_the_connection() {
     let address = app::h2(|request, mut respond| async move {
         // Reads nothing until the end.
