@@ -192,6 +192,10 @@ impl RunningCa {
         if let Err(error) = tokio::task::spawn_blocking(move || ledger.close()).await {
             tracing::error!(error = %error, "the ledger was not closed");
         }
+        // Explicitly: a connection that is being torn down may hold the issuer a little longer.
+        if let Err(error) = self.issuer.folder.release() {
+            tracing::error!(error = %error, "the state folder stays locked");
+        }
         if let Err(error) = std::fs::remove_file(self.admin_socket()) {
             tracing::debug!(error = %error, "the administration's socket stays");
         }

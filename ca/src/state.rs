@@ -79,11 +79,20 @@ pub enum StateError {
 #[derive(Debug)]
 pub struct StateFolder {
     path: PathBuf,
-    /// Held, not read: closing it gives the folder free.
-    _lock: File,
+    /// Held while the folder is ours; see [`Self::release`].
+    lock: File,
 }
 
 impl StateFolder {
+    /// Gives the folder free for another CA, whoever still holds this value.
+    ///
+    /// # Errors
+    ///
+    /// What the system says; the folder is then free when the process ends.
+    pub fn release(&self) -> io::Result<()> {
+        self.lock.unlock()
+    }
+
     /// Opens the folder, making it if it is absent, and locks it.
     ///
     /// # Errors
@@ -100,7 +109,7 @@ impl StateFolder {
         check_access(path, &metadata, 0o700)?;
         let folder = Self {
             path: path.to_owned(),
-            _lock: lock(path)?,
+            lock: lock(path)?,
         };
         folder.remove_temporaries()?;
         Ok(folder)
