@@ -328,10 +328,9 @@ fn read_folder(
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
         }
-        let extension = path.extension().and_then(|extension| extension.to_str());
         if path.is_dir() && depth < DEPTH_MAX {
             read_folder(&path, depth + 1, files)?;
-        } else if path.is_file() && matches!(extension, Some("yaml" | "yml" | "json")) {
+        } else if path.is_file() && sidegate_mesh::resource::is_resource_file(&path) {
             files.push(read_file(&path)?);
         }
     }

@@ -148,16 +148,11 @@ fn find_in(folder: &Path, depth: usize, found: &mut BTreeSet<PathBuf>) -> io::Re
         match std::fs::metadata(&path) {
             Ok(kind) if kind.is_dir() && depth < DEPTH_MAX => find_in(&path, depth + 1, found)?,
             Ok(kind) if kind.is_dir() => {}
-            _ if is_resource_file(&path) => drop(found.insert(path)),
+            _ if sidegate_mesh::resource::is_resource_file(&path) => drop(found.insert(path)),
             _ => {}
         }
     }
     Ok(())
-}
-
-fn is_resource_file(path: &Path) -> bool {
-    let extension = path.extension().and_then(|extension| extension.to_str());
-    matches!(extension, Some("yaml" | "yml" | "json"))
 }
 
 #[cfg(test)]

@@ -47,6 +47,15 @@ pub use traffic::{
 pub use tree::NODES_PER_DOCUMENT_MAX;
 pub use value::{Percent, PercentError, PortRef};
 
+/// Whether a file of this name holds resources, in capitals or not: a Deny must not be overlooked for
+/// how its file is spelt.
+pub fn is_resource_file(path: &std::path::Path) -> bool {
+    let extension = path.extension().unwrap_or_default();
+    ["yaml", "yml", "json"]
+        .iter()
+        .any(|known| extension.eq_ignore_ascii_case(known))
+}
+
 /// `apiVersion` of every resource.
 pub const API_VERSION: &str = "sidegate.dev/v1alpha1";
 

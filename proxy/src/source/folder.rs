@@ -193,7 +193,7 @@ fn scan(path: &Path, bounds: Bounds) -> Result<Files, Lost> {
                     let unusable = Content::Unusable("too many folders within folders".to_owned());
                     files.insert(entry.display().to_string(), unusable);
                 }
-                _ if !is_resource_file(&entry) => {}
+                _ if !sidegate_mesh::resource::is_resource_file(&entry) => {}
                 Ok(kind) if kind.is_file() => {
                     files.insert(entry.display().to_string(), read(&entry, bounds));
                 }
@@ -229,11 +229,6 @@ fn names(root: &Path, folder: &Path) -> Result<Vec<std::ffi::OsString>, Lost> {
         }
     }
     Ok(names)
-}
-
-fn is_resource_file(path: &Path) -> bool {
-    let extension = path.extension().and_then(|extension| extension.to_str());
-    matches!(extension, Some("yaml" | "yml" | "json"))
 }
 
 fn read(path: &Path, bounds: Bounds) -> Content {
@@ -322,6 +317,17 @@ mod tests {
         assert!(
             took >= Duration::from_millis(100),
             "two scans lie apart: {took:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_name_in_capitals_hides_no_policy() {
+        let mut at = fixture(&hasty());
+        at.write("DENY.YAML", "deny");
+        at.write("notes.txt", "no policy");
+        assert_eq!(
+            texts(&at.folder.next().await.unwrap()),
+            [("DENY.YAML", "deny")]
         );
     }
 
