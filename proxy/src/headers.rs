@@ -127,7 +127,10 @@ pub fn sanitize(
         return Err(bad("method"));
     }
     let spoken = spoken(sender, version, &headers)?;
-    let port = port(sender, &headers)?;
+    let port = match sender {
+        Sender::Application => None,
+        Sender::Sidecar => named_port(&headers)?,
+    };
     let authority = authority(&uri, &headers, spoken)?;
     let te_trailers = lists(&headers, &TE, "trailers")
         || sender == Sender::Application && version == Version::HTTP_2;
@@ -375,10 +378,12 @@ fn spoken(sender: Sender, version: Version, headers: &HeaderMap) -> Result<Spoke
     }
 }
 
-fn port(sender: Sender, headers: &HeaderMap) -> Result<Option<u16>, RequestError> {
-    if sender == Sender::Application {
-        return Ok(None);
-    }
+/// The port that another sidecar names with `sidegate-port`, if it names one.
+///
+/// # Errors
+///
+/// [`RequestError::BadRequest`] when it names several, or none in its plain form.
+pub fn named_port(headers: &HeaderMap) -> Result<Option<u16>, RequestError> {
     single(headers, &wire::PORT)?.map(parse_port).transpose()
 }
 

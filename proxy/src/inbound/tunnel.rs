@@ -19,7 +19,6 @@ use crate::call::Call;
 use crate::connections::Subject;
 use crate::error::RequestError;
 use crate::headers;
-use crate::wire;
 use crate::wire::tunnel::{TunnelBytes, TunnelEnd, TunnelIdle, TunnelIo, carry};
 
 /// Whether a request opens a tunnel for opaque bytes.
@@ -36,11 +35,7 @@ pub(super) async fn handle_opaque(
 ) -> Result<(), RequestError> {
     let (parts, recv) = request.into_parts();
     call.record().protocol = Protocol::Tcp;
-    let named = parts
-        .headers
-        .get(wire::PORT)
-        .map(headers::parse_port)
-        .transpose()?;
+    let named = headers::named_port(&parts.headers)?;
     let target = target(session, named)?;
     let subject = Subject::Opaque { port: target.port };
     // Registered before the first check: a policy change between the two would else be missed.

@@ -311,3 +311,20 @@ async fn an_opaque_target_that_nobody_runs_is_a_refused_stream() {
     assert_eq!(error.reason(), Some(Reason::REFUSED_STREAM));
     assert_eq!(sidecar.record(is_tcp).await.error, Some("upstream_connect"));
 }
+
+#[tokio::test]
+async fn a_tunnel_that_names_two_ports_goes_to_neither() {
+    let application = app::raw(|_| async { panic!("nothing reaches the application") }).await;
+    let sidecar = Sidecar::start(opaque_setup(application)).await;
+    let peer = Peer::connect(&sidecar, "shop/web").await;
+    let mut request = connect("sidegate-tcp", "/");
+    request.headers_mut().append("sidegate-port", 6379.into());
+    request.headers_mut().append("sidegate-port", 80.into());
+    let (response, _stream) = peer.begin(request, false).await.unwrap();
+    assert_eq!(
+        soon(response).await.unwrap().status(),
+        StatusCode::BAD_REQUEST
+    );
+    let record = sidecar.record(is_tcp).await;
+    assert_eq!(record.reason.as_deref(), Some("header_repeated"));
+}
