@@ -121,11 +121,15 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not the YAML that is expected.
-    #[error("{}: {message}", path.display())]
+    #[error("{}:{line}:{column}: {message}", path.display())]
     Syntax {
         /// The configuration file.
         path: PathBuf,
-        /// Where and what, as the parser says it.
+        /// Line, from 1.
+        line: u64,
+        /// Column, from 1.
+        column: u64,
+        /// What, as the parser says it.
         message: String,
     },
     /// A value is impossible.
@@ -168,10 +172,7 @@ impl Config {
             source,
         })?;
         let mut config: Self =
-            serde_saphyr::from_str(&text).map_err(|error| ConfigError::Syntax {
-                path: path.to_owned(),
-                message: error.to_string(),
-            })?;
+            serde_saphyr::from_str(&text).map_err(|error| syntax(path, &error))?;
         let folder = path.parent().unwrap_or(Path::new(""));
         config.state_dir = folder.join(&config.state_dir);
         config.admin_socket = config.admin_socket.map(|socket| folder.join(socket));
@@ -290,6 +291,20 @@ fn default_token_lifetime() -> Duration {
     Duration::from_mins(10)
 }
 
+fn syntax(path: &Path, error: &serde_saphyr::Error) -> ConfigError {
+    let place = error.location();
+    // The plain error repeats the place at its end; it is said already.
+    let message = error.without_snippet().to_string();
+    let message = message.lines().next().unwrap_or_default();
+    let message = message.split(" at line ").next().unwrap_or(message);
+    ConfigError::Syntax {
+        path: path.to_owned(),
+        line: place.map_or(1, |place| place.line().max(1)),
+        column: place.map_or(1, |place| place.column().max(1)),
+        message: message.trim_start_matches("error: ").to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -327,7 +342,10 @@ mod tests {
 
     #[test]
     fn an_unknown_field_is_refused_with_its_place() {
-        check_refused("stateDir: state\nleafLifetme: 1h\n", "leafLifetme");
+        check_refused(
+            "stateDir: state\nleafLifetme: 1h\n",
+            "ca.yaml:2:1: unknown field `leafLifetme`",
+        );
         check_refused("stateDir: s\nlimits: { tokenMax: 1 }\n", "tokenMax");
     }
 
