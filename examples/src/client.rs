@@ -4,6 +4,7 @@
 //! authority only, and knows nothing of the mesh.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::time::Duration;
 
 use axum::http::{HeaderMap, Request, StatusCode, header};
@@ -71,15 +72,15 @@ pub async fn get(
             body,
         })
     };
-    // The connection is driven beside the call, and dropped with it. An answer that ends with the
-    // connection makes both ready at once; the answer counts.
+    // The connection is driven beside the call, and dropped with it. One that ends first may have
+    // left the whole answer behind.
+    let mut call = pin!(call);
     tokio::select! {
-        biased;
-        answered = call => answered,
-        closed = connection => match closed {
-            Ok(()) => Err("the connection was closed before the answer".into()),
-            Err(error) => Err(error.into()),
-        },
+        answered = call.as_mut() => answered,
+        closed = connection => {
+            closed?;
+            call.await
+        }
     }
 }
 

@@ -222,3 +222,29 @@ async fn a_mesh_that_is_left_alone_goes_on() {
     }
     shop.close().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ambiguous_request_is_answered_and_its_connection_closed() {
+    let (_dir, shop) = open().await;
+    let web = shop
+        .sidecar("shop/web")
+        .unwrap()
+        .sidecar
+        .addresses()
+        .outbound;
+    let answer = client::get(web, "orders.shop", "/orders%2f7", &[])
+        .await
+        .unwrap();
+    assert_eq!(answer.status, 400);
+    assert_eq!(answer.headers["sidegate-error"], "bad_request");
+    assert_eq!(answer.headers["connection"], "close");
+    let answer = client::get(web, "orders.shop", "/orders/7", &[])
+        .await
+        .unwrap();
+    assert!(
+        !answer.headers.contains_key("connection"),
+        "{:?}",
+        answer.headers
+    );
+    shop.close().await;
+}

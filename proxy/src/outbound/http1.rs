@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
 
-use http::{Request, Response, StatusCode, Version};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -17,7 +17,11 @@ use crate::body::Body;
 use crate::detect::Prefixed;
 use crate::error::RequestError;
 use crate::http1::{self, GuardHandle, Rejection, ServerGuard};
+use crate::wire;
 use crate::wire::tunnel::Abortable;
+
+/// The code of [`RequestError::BadRequest`].
+const BAD_REQUEST: &str = "bad_request";
 
 impl Outbound {
     /// Serves one connection to its end; a drain ends it after the request that runs.
@@ -84,6 +88,15 @@ impl Outbound {
         };
         let mut response = self.handle_request(request.map(Body::from), caller).await;
         *response.version_mut() = Version::HTTP_11;
+        // Whoever sends what could be read in two ways is not read any further.
+        if response
+            .headers()
+            .get(wire::ERROR)
+            .is_some_and(|code| code == BAD_REQUEST)
+        {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+        }
         response
     }
 
