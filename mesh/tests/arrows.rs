@@ -74,55 +74,40 @@ fn cargo(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn metadata() -> Value {
-    let text = cargo(&["metadata", "--format-version", "1", "--locked", "--offline"]);
-    serde_json::from_str(&text).unwrap()
-}
-
-/// Normal dependencies by package id, from the resolved graph.
-fn graph(metadata: &Value) -> BTreeMap<String, BTreeSet<String>> {
-    let normal = |dependency: &&Value| {
-        let kinds = dependency["dep_kinds"].as_array().unwrap();
-        kinds.iter().any(|kind| kind["kind"].is_null())
-    };
-    let nodes = metadata["resolve"]["nodes"].as_array().unwrap().iter();
-    nodes
-        .map(|node| {
-            let dependencies = node["deps"].as_array().unwrap().iter().filter(normal);
-            let ids = dependencies.map(|dependency| dependency["pkg"].as_str().unwrap().to_owned());
-            (node["id"].as_str().unwrap().to_owned(), ids.collect())
-        })
-        .collect()
-}
-
-fn names(metadata: &Value) -> BTreeMap<String, String> {
-    let packages = metadata["packages"].as_array().unwrap().iter();
-    packages
-        .map(|package| {
-            let id = package["id"].as_str().unwrap().to_owned();
-            (id, package["name"].as_str().unwrap().to_owned())
-        })
-        .collect()
+/// Our own packages, from `cargo metadata`. Without dependencies: of those, only what this platform
+/// needs has been fetched.
+fn packages() -> Vec<Value> {
+    let arguments = [
+        "metadata",
+        "--format-version",
+        "1",
+        "--no-deps",
+        "--locked",
+        "--offline",
+    ];
+    let metadata: Value = cargo(&arguments).parse().unwrap();
+    metadata["packages"].as_array().unwrap().clone()
 }
 
 #[test]
 fn every_crate_knows_only_whom_it_may() {
-    let metadata = metadata();
-    let (names, graph) = (names(&metadata), graph(&metadata));
-    let members: BTreeSet<&str> = metadata["workspace_members"]
-        .as_array()
-        .unwrap()
+    let packages = packages();
+    let ours: BTreeSet<&str> = packages.iter().map(name).collect();
+    let drawn: BTreeMap<&str, BTreeSet<&str>> = packages
         .iter()
-        .map(|id| id.as_str().unwrap())
+        .map(|package| {
+            let dependencies = package["dependencies"].as_array().unwrap().iter();
+            // A kind that is null is neither `dev` nor `build`.
+            let normal = dependencies.filter(|dependency| dependency["kind"].is_null());
+            (
+                name(package),
+                normal
+                    .map(name)
+                    .filter(|known| ours.contains(known))
+                    .collect(),
+            )
+        })
         .collect();
-    let mut drawn = BTreeMap::new();
-    for member in &members {
-        let ours = graph[*member]
-            .iter()
-            .filter(|id| members.contains(id.as_str()));
-        let ours: BTreeSet<&str> = ours.map(|id| names[id].as_str()).collect();
-        drawn.insert(names[*member].as_str(), ours);
-    }
     let planned: BTreeMap<&str, BTreeSet<&str>> = ARROWS
         .iter()
         .map(|(name, known)| (*name, known.iter().copied().collect()))
@@ -131,6 +116,10 @@ fn every_crate_knows_only_whom_it_may() {
         drawn, planned,
         "left: what Cargo.toml draws; right: what ARROWS allows"
     );
+}
+
+fn name(described: &Value) -> &str {
+    described["name"].as_str().unwrap()
 }
 
 #[test]
@@ -174,17 +163,7 @@ fn every_test_that_the_architecture_names_exists() {
         .flat_map(|cell| cell.split('`').skip(1).step_by(2))
         .collect();
     assert!(named.len() > 30, "the table is not read: {named:?}");
-    let sources: String = cargo(&[
-        "metadata",
-        "--format-version",
-        "1",
-        "--no-deps",
-        "--offline",
-    ])
-    .parse::<Value>()
-    .unwrap()["packages"]
-        .as_array()
-        .unwrap()
+    let sources: String = packages()
         .iter()
         .map(|package| {
             Path::new(package["manifest_path"].as_str().unwrap())
