@@ -39,6 +39,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("sidegate-examples", &["sidegate-local", "sidegate-mesh"]),
+    ("sidegate-loadtest", &[]),
     (
         "sidegate",
         &["sidegate-examples", "sidegate-local", "sidegate-mesh"],

@@ -1,0 +1,60 @@
+//! `sidegate-loadtest`: measures what a mesh costs its users.
+//!
+//! Invariant: only this file decides to exit, and with which code: 0 done, 1 failed, regressed or
+//! nothing answered, 2 wrong usage. Data goes to standard output, all else to standard error.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command, Usage};
+
+mod backend;
+mod baseline;
+mod cli;
+mod clock;
+mod compare;
+mod engine;
+mod failure;
+mod http1;
+mod http2;
+mod machine;
+mod progress;
+mod recorder;
+mod report;
+mod results;
+mod schedule;
+mod table;
+mod target;
+mod tls;
+mod usage;
+mod verdict;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let done = runtime.map_err(Into::into).and_then(|runtime| {
+        let done = runtime.block_on(run(cli.command));
+        runtime.shutdown_background();
+        done
+    });
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            // With standard error gone there is nobody to tell.
+            writeln!(io::stderr(), "sidegate-loadtest: {error:#}").ok();
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(options) => cli::run(*options).await,
+        Command::Compare(options) => compare::compare(*options).await,
+        Command::Backend(options) => backend::serve(options).await,
+    }
+}
