@@ -25,6 +25,7 @@ mod recorder;
 mod report;
 mod results;
 mod schedule;
+mod summary;
 mod table;
 mod target;
 mod tls;

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use crate::clock::{Nanos, nanos};
+use crate::clock::Nanos;
 use crate::engine::{Load, Outcome};
 use crate::machine::Machine;
 use crate::recorder::Counts;
+use crate::summary::Ratio;
 use crate::target::Call;
 use crate::usage::Cpu;
 use crate::verdict;
@@ -32,6 +33,8 @@ pub(crate) struct Results {
     pub(crate) runs: Vec<Run>,
     /// What a baseline is compared by.
     pub(crate) metrics: Vec<Metric>,
+    /// Ours over the peer's best mode; empty for `run`.
+    pub(crate) ratios: Vec<Ratio>,
     /// What the peers were configured with: name, text.
     pub(crate) configurations: BTreeMap<String, String>,
     /// What a reader must know before the figures.
@@ -362,11 +365,6 @@ pub(crate) fn process(name: &str, used: Cpu, answered: u64, rss_kib: (u64, u64))
     }
 }
 
-/// A duration as seconds that is never zero.
-pub(crate) fn length_s(duration: std::time::Duration) -> f64 {
-    seconds(nanos(duration).max(1))
-}
-
 impl Results {
     /// Results of this process, made now.
     pub(crate) fn new(kind: &str, runs: Vec<Run>) -> Self {
@@ -380,6 +378,7 @@ impl Results {
             machine: Machine::this(),
             runs,
             metrics: Vec::new(),
+            ratios: Vec::new(),
             configurations: BTreeMap::new(),
             notes: Vec::new(),
         }

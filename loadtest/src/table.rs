@@ -4,6 +4,7 @@ use comfy_table::{Cell, CellAlignment, Table, presets};
 
 use crate::baseline::Change;
 use crate::results::{Percentiles, Run};
+use crate::summary::{self, Cell as Group, Ratio, Spread};
 
 /// A run as text.
 pub(crate) fn run(run: &Run) -> String {
@@ -120,4 +121,212 @@ pub(crate) fn changes(changes: &[Change]) -> String {
         ]);
     }
     table.trim_fmt()
+}
+
+/// Rows, the first of them the head, as text.
+pub(crate) fn text(rows: &[Vec<String>]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    let mut rows = rows.iter();
+    if let Some(head) = rows.next() {
+        table.set_header(head);
+    }
+    for row in rows {
+        let cells = row.iter().enumerate().map(|(column, text)| {
+            let right = if column < 2 {
+                CellAlignment::Left
+            } else {
+                CellAlignment::Right
+            };
+            Cell::new(text).set_alignment(right)
+        });
+        table.add_row(cells);
+    }
+    table.trim_fmt()
+}
+
+fn head(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// Median and range of microseconds.
+fn range(spread: Option<Spread>) -> String {
+    spread.map_or_else(String::new, |spread| {
+        format!(
+            "{} ({}–{})",
+            duration(spread.median),
+            duration(spread.low),
+            duration(spread.high)
+        )
+    })
+}
+
+/// Ours over the peer's best mode.
+pub(crate) fn ratio_rows(ratios: &[Ratio]) -> Vec<Vec<String>> {
+    let mut rows = vec![head(&[
+        "load",
+        "figure",
+        "sidegate",
+        "peer's best",
+        "peer",
+        "ratio",
+        "range",
+    ])];
+    rows.extend(ratios.iter().map(|ratio| {
+        vec![
+            ratio.load.clone(),
+            ratio.what.clone(),
+            format!("{:.1}", ratio.own.median),
+            format!("{:.1}", ratio.other.median),
+            ratio.peer.clone(),
+            format!(
+                "{:.2}{}",
+                ratio.ratio.median,
+                if ratio.doubtful { " ?" } else { "" }
+            ),
+            format!("{:.2}–{:.2}", ratio.ratio.low, ratio.ratio.high),
+        ]
+    }));
+    rows
+}
+
+/// Each load on each target, over its repetitions.
+pub(crate) fn cell_rows(runs: &[Run]) -> Vec<Vec<String>> {
+    let names = [
+        "load",
+        "target",
+        "calls/s",
+        "p50",
+        "p90",
+        "p99",
+        "p99.9",
+        "added p50",
+        "added p99",
+        "CPU µs/request out, in",
+        "RSS MiB idle, peak",
+    ];
+    let mut rows = vec![head(&names)];
+    let cells = summary::cells(runs);
+    for cell in &cells {
+        let rate = cell
+            .spread(|run| run.throughput)
+            .map_or_else(String::new, |spread| {
+                let doubt = if cell.conclusive() { "" } else { " ?" };
+                format!(
+                    "{:.0} ({:.0}–{:.0}){doubt}",
+                    spread.median, spread.low, spread.high
+                )
+            });
+        let proxied =
+            cell.target != summary::DIRECT && !cell.runs.iter().all(|run| run.processes.is_empty());
+        let added = |of: fn(&Run) -> f64| match proxied {
+            true => range(summary::added(cell, &cells, of)),
+            false => String::new(),
+        };
+        rows.push(vec![
+            cell.load.to_owned(),
+            cell.target.to_owned(),
+            rate,
+            range(cell.spread(|run| run.latency_us.p50)),
+            range(cell.spread(|run| run.latency_us.p90)),
+            range(cell.spread(|run| run.latency_us.p99)),
+            range(cell.spread(|run| run.latency_us.p999)),
+            added(|run| run.latency_us.p50),
+            added(|run| run.latency_us.p99),
+            processes(cell, |process| process.cpu_us_per_request, 1),
+            memory(cell),
+        ]);
+    }
+    rows
+}
+
+type Process = crate::results::ProcessFacts;
+
+/// The medians of each process, in the order of the way.
+fn processes(cell: &Group<'_>, of: fn(&Process) -> f64, digits: usize) -> String {
+    let count = cell
+        .runs
+        .iter()
+        .map(|run| run.processes.len())
+        .max()
+        .unwrap_or(0);
+    let medians = (0..count).filter_map(|number| {
+        let samples = cell
+            .runs
+            .iter()
+            .filter_map(|run| run.processes.get(number))
+            .map(of);
+        Some(format!("{:.digits$}", Spread::of(samples)?.median))
+    });
+    medians.collect::<Vec<_>>().join(", ")
+}
+
+#[expect(clippy::cast_precision_loss, reason = "memory below 2^53 KiB")]
+fn memory(cell: &Group<'_>) -> String {
+    let most = |of: fn(&Process) -> u64| {
+        let all = cell.runs.iter().flat_map(|run| &run.processes).map(of);
+        all.max().map(|kib| kib as f64 / 1024.0)
+    };
+    let (idle, peak) = (
+        most(|process| process.rss_idle_kib),
+        most(|process| process.rss_peak_kib),
+    );
+    match (idle, peak) {
+        (Some(idle), Some(peak)) => format!("{idle:.1}, {peak:.1}"),
+        _ => String::new(),
+    }
+}
+
+/// Every run's raw figures.
+pub(crate) fn run_rows(runs: &[Run]) -> Vec<Vec<String>> {
+    let names = [
+        "load",
+        "target",
+        "#",
+        "calls/s",
+        "p50 µs",
+        "p90 µs",
+        "p99 µs",
+        "p99.9 µs",
+        "max µs",
+        "sent",
+        "answered",
+        "failed",
+        "unfinished",
+        "missed",
+        "late",
+        "lag p99 µs",
+        "generator CPU %",
+    ];
+    let mut rows = vec![head(&names)];
+    rows.extend(runs.iter().map(|run| {
+        let (latency, counts) = (&run.latency_us, &run.counts);
+        let mut row = vec![
+            run.load.name.clone(),
+            run.target.clone(),
+            run.repetition.to_string(),
+            format!("{:.1}", run.throughput),
+        ];
+        let times = [
+            latency.p50,
+            latency.p90,
+            latency.p99,
+            latency.p999,
+            latency.max,
+        ];
+        row.extend(times.map(|time| format!("{time:.1}")));
+        let numbers = [
+            counts.sent,
+            counts.answered,
+            counts.failed,
+            counts.unfinished,
+            counts.missed,
+            counts.late,
+        ];
+        row.extend(numbers.map(|number| number.to_string()));
+        row.push(format!("{:.1}", run.generator.lag_us.p99));
+        row.push(format!("{:.0}", run.generator.cpu_share * 100.0));
+        row
+    }));
+    rows
 }

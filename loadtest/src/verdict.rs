@@ -20,6 +20,9 @@ const WITHOUT_LATENCY_MAX: f64 = 0.001;
 /// Fewer answers make no p99.
 const ANSWERS_MIN: u64 = 1_000;
 
+/// The rules in words.
+pub(crate) const RULES: &str = "A run draws no conclusion on latency and throughput when a generator thread used over 90 % of a CPU; in a closed loop when it waited for a CPU over 25 % of the time; in an open loop when its lag is over 20 % of the mean latency (and over 100 µs) or its p99 over half that of the latency (and over 1 ms). Such figures carry a question mark.";
+
 /// Judges a run by its own figures.
 pub(crate) fn judge(run: &Run) -> Verdict {
     let reasons = reasons(run);

@@ -1,0 +1,140 @@
+//! The processes of a comparison.
+//!
+//! Invariant: a child dies with its handle, and its output is in a file that an error names.
+
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, sleep};
+
+/// Longest wait for a process to be ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(50);
+/// How much of a dead process's output is shown.
+const TAIL_LINES: usize = 5;
+
+/// A running child.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) name: String,
+    pub(crate) pid: u32,
+    child: Child,
+    output: std::path::PathBuf,
+}
+
+impl Process {
+    /// Starts `command`; what it prints goes to `NAME.out` in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub(crate) fn start(name: &str, mut command: Command, folder: &Path) -> anyhow::Result<Self> {
+        let output = folder.join(format!("{name}.out"));
+        let file =
+            File::create(&output).with_context(|| format!("cannot write {}", output.display()))?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
+        let pid = child.id().context("the process has ended already")?;
+        Ok(Self {
+            name: name.to_owned(),
+            pid,
+            child,
+            output,
+        })
+    }
+
+    /// Waits until `command` succeeds.
+    ///
+    /// # Errors
+    ///
+    /// When the process ends before, or half a minute passes.
+    pub(crate) async fn until(&mut self, command: impl Fn() -> Command) -> anyhow::Result<()> {
+        self.wait(|| async {
+            command()
+                .output()
+                .await
+                .is_ok_and(|output| output.status.success())
+        })
+        .await
+    }
+
+    /// Waits until `address` accepts connections.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::until`].
+    pub(crate) async fn listening(&mut self, address: SocketAddr) -> anyhow::Result<()> {
+        self.wait(|| async { TcpStream::connect(address).await.is_ok() })
+            .await
+    }
+
+    async fn wait<F: Future<Output = bool>>(
+        &mut self,
+        ready: impl Fn() -> F,
+    ) -> anyhow::Result<()> {
+        let deadline = Instant::now() + READY_TIMEOUT;
+        while !ready().await {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended with {status}: {}", self.name, self.tail());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "{} is not ready after {READY_TIMEOUT:?}: {}",
+                    self.name,
+                    self.tail()
+                );
+            }
+            sleep(POLL).await;
+        }
+        Ok(())
+    }
+
+    fn tail(&self) -> String {
+        let text = std::fs::read_to_string(&self.output).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let from = lines.len().saturating_sub(TAIL_LINES);
+        lines.get(from..).unwrap_or_default().join("\n")
+    }
+}
+
+/// A loopback address that was free a moment ago.
+///
+/// # Errors
+///
+/// When none is.
+pub(crate) fn free_address() -> anyhow::Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}
+
+/// Runs a command to its end and returns what it printed.
+///
+/// # Errors
+///
+/// When it fails, with what it said.
+pub(crate) async fn output(mut command: Command) -> anyhow::Result<String> {
+    let what = format!("{:?}", command.as_std());
+    let output = command
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await;
+    let output = output.with_context(|| format!("cannot run {what}"))?;
+    if !output.status.success() {
+        bail!(
+            "{what} failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

@@ -1,0 +1,255 @@
+//! Sidegate as a target: a CA and two sidecars, from the real binaries.
+//!
+//! Default deny with twenty rules of which the last admits the caller; access log on, into a
+//! file; everything else as it is by default.
+
+use std::fs;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use tokio::process::Command;
+
+use super::RULES;
+use super::peer::Peer;
+use super::process::{Process, free_address, output};
+
+const NAMESPACE: &str = "bench";
+
+/// Where the binaries are.
+///
+/// # Errors
+///
+/// When they are not there, or cannot be built.
+pub(crate) async fn binaries(folder: Option<&Path>) -> anyhow::Result<(PathBuf, &'static str)> {
+    let (folder, note) = match folder {
+        Some(folder) => (folder.to_owned(), "as found in --bin-dir"),
+        None => (build().await?, "built with the profile `dist`"),
+    };
+    for name in ["sidegate-proxy", "sidegate-ca"] {
+        ensure!(
+            folder.join(name).is_file(),
+            "there is no {name} in {}",
+            folder.display()
+        );
+    }
+    Ok((folder.canonicalize()?, note))
+}
+
+async fn build() -> anyhow::Result<PathBuf> {
+    let workspace = super::workspace()?;
+    writeln!(
+        std::io::stderr(),
+        "building sidegate-proxy and sidegate-ca with the profile `dist`; this takes minutes (--bin-dir uses what is there)"
+    )?;
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .args([
+            "build",
+            "--profile",
+            "dist",
+            "-p",
+            "sidegate-proxy",
+            "-p",
+            "sidegate-ca",
+        ])
+        .current_dir(&workspace)
+        .kill_on_drop(true);
+    let status = cargo
+        .status()
+        .await
+        .context("cannot run cargo; name the binaries with --bin-dir")?;
+    ensure!(status.success(), "cargo build failed");
+    Ok(workspace.join("target").join("dist"))
+}
+
+/// Starts CA and sidecars in front of `backend`.
+///
+/// # Errors
+///
+/// When one of them does not become ready.
+pub(crate) async fn start(
+    binaries: &Path,
+    folder: &Path,
+    backend: SocketAddr,
+) -> anyhow::Result<Peer> {
+    fs::create_dir_all(folder.join("resources"))?;
+    let ca_address = free_address()?;
+    let mut peer = Peer {
+        name: crate::summary::OWN.to_owned(),
+        authority: format!("called.{NAMESPACE}"),
+        grpc: true,
+        ..Peer::default()
+    };
+    let version = |name: &str| {
+        let mut command = Command::new(binaries.join(name));
+        command.arg("--version");
+        command
+    };
+    peer.versions.insert(
+        "sidegate-proxy".into(),
+        output(version("sidegate-proxy")).await?,
+    );
+    let called = Addresses::free()?;
+    let caller = Addresses::free()?;
+    let texts = [
+        ("ca.yaml", ca_config(ca_address, free_address()?)),
+        ("caller.yaml", caller.config("caller", ca_address, None)),
+        (
+            "called.yaml",
+            called.config("called", ca_address, Some(backend)),
+        ),
+        ("resources/called.yaml", resources(called.inbound)),
+    ];
+    for (name, text) in texts {
+        fs::write(folder.join(name), &text)?;
+        peer.configurations
+            .insert(format!("sidegate: {name}"), text);
+    }
+    peer.others.push(authority(binaries, folder).await?);
+    for (name, addresses) in [("caller", &caller), ("called", &called)] {
+        token(binaries, folder, name).await?;
+        let mut command = Command::new(binaries.join("sidegate-proxy"));
+        command
+            .args(["--config", &format!("{name}.yaml")])
+            .current_dir(folder);
+        let mut sidecar = Process::start(name, command, folder)?;
+        let health = addresses.health;
+        sidecar.until(|| ready(binaries, health)).await?;
+        peer.hops.push(sidecar);
+    }
+    peer.via = Some(caller.outbound.to_string().parse()?);
+    Ok(peer)
+}
+
+async fn authority(binaries: &Path, folder: &Path) -> anyhow::Result<Process> {
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(binaries.join("sidegate-ca"));
+        command
+            .args(arguments)
+            .args(["--config", "ca.yaml"])
+            .current_dir(folder);
+        command
+    };
+    let mut ca = Process::start("ca", command(&["serve"]), folder)?;
+    ca.until(|| command(&["token", "list"])).await?;
+    Ok(ca)
+}
+
+async fn token(binaries: &Path, folder: &Path, account: &str) -> anyhow::Result<()> {
+    let mut command = Command::new(binaries.join("sidegate-ca"));
+    command
+        .args([
+            "token",
+            "create",
+            "--config",
+            "ca.yaml",
+            "--namespace",
+            NAMESPACE,
+        ])
+        .args(["--service-account", account])
+        .current_dir(folder);
+    let token = output(command).await?;
+    let file = folder.join(format!("{account}.token"));
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(file)?;
+    Ok(file.write_all(token.as_bytes())?)
+}
+
+fn ready(binaries: &Path, health: SocketAddr) -> Command {
+    let mut command = Command::new(binaries.join("sidegate-proxy"));
+    command.args([
+        "wait",
+        "--timeout",
+        "1s",
+        "--url",
+        &format!("http://{health}/readyz"),
+    ]);
+    command
+}
+
+struct Addresses {
+    outbound: SocketAddr,
+    inbound: SocketAddr,
+    admin: SocketAddr,
+    health: SocketAddr,
+}
+
+impl Addresses {
+    fn free() -> anyhow::Result<Self> {
+        Ok(Self {
+            outbound: free_address()?,
+            inbound: free_address()?,
+            admin: free_address()?,
+            health: free_address()?,
+        })
+    }
+
+    fn config(&self, account: &str, ca: SocketAddr, application: Option<SocketAddr>) -> String {
+        let ports = application.map_or_else(
+            || "[]".to_owned(),
+            |address| format!("[{{ name: http, port: 80, address: \"{address}\" }}]"),
+        );
+        format!(
+            "workload: {{ trustDomain: mesh.local, namespace: {NAMESPACE}, serviceAccount: {account}, labels: {{ app: {account} }} }}
+ca: {{ address: \"{ca}\", root: ca/root.pem, joinTokenFile: {account}.token }}
+resources: resources
+ports: {ports}
+outbound: {{ address: \"{}\" }}
+inbound: {{ address: \"{}\" }}
+admin: {{ address: \"{}\" }}
+health: {{ address: \"{}\" }}
+log: {{ path: {account}.log }}
+",
+            self.outbound, self.inbound, self.admin, self.health
+        )
+    }
+}
+
+fn ca_config(address: SocketAddr, metrics: SocketAddr) -> String {
+    format!(
+        "trustDomain: mesh.local\nstateDir: ca\naddress: {address}\nmetricsAddress: {metrics}\n"
+    )
+}
+
+fn resources(inbound: SocketAddr) -> String {
+    let rule = |number: usize| {
+        format!(
+            "    - name: other-{number}
+      from: [{{ workload: {{ serviceAccount: other-{number} }} }}]
+      to: [{{ http: {{ methods: [GET, POST], paths: [\"/other-{number}/**\"] }} }}]
+"
+        )
+    };
+    let others: String = (1..RULES).map(rule).collect();
+    format!(
+        "apiVersion: sidegate.dev/v1alpha1
+kind: StaticService
+metadata: {{ name: called, namespace: {NAMESPACE} }}
+spec:
+  ports: [{{ name: http, port: 80, protocol: auto }}]
+  endpoints: [{{ address: \"{inbound}\", identity: {{ workload: {{ serviceAccount: called }} }} }}]
+---
+apiVersion: sidegate.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{ name: called, namespace: {NAMESPACE} }}
+spec:
+  selector: {{ matchLabels: {{ app: called }} }}
+  ports: [http]
+  action: Allow
+  rules:
+{others}    - name: caller
+      from: [{{ workload: {{ serviceAccount: caller }} }}]
+      to:
+        - http: {{ methods: [GET, POST], paths: [\"/bytes/**\"] }}
+        - grpc: {{ service: bench.Echo, methods: [Call] }}
+"
+    )
+}
