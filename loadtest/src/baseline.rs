@@ -119,7 +119,7 @@ pub(crate) fn spread(samples: &[f64]) -> Option<(f64, f64, f64)> {
         sorted.len() / 4
     };
     let at = |index: usize| sorted.get(index).copied();
-    let middle = (at(last / 2)? + at(last.div_ceil(2))?) / 2.0;
+    let middle = f64::midpoint(at(last / 2)?, at(last.div_ceil(2))?);
     Some((at(edge)?, middle, at(last - edge)?))
 }
 

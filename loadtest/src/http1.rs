@@ -227,6 +227,7 @@ mod tests {
         got
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "compared with what calls return")]
     fn answer(status: u16, bytes: u64, reusable: bool) -> Result<Answer, String> {
         Ok(Answer {
             status,

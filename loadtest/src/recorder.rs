@@ -242,6 +242,12 @@ pub(crate) fn row(latency: Nanos) -> usize {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "tests"
+)]
 mod tests {
     use super::*;
 
@@ -258,6 +264,7 @@ mod tests {
         }
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "recorded like what calls return")]
     fn answer() -> Result<Answer, Failure> {
         Ok(Answer {
             status: 200,
@@ -325,7 +332,9 @@ mod tests {
         record.begin(&warm);
         record.end(&warm, SPAN.from + 5, &answer());
         let calls = [start(SPAN.from), start(SPAN.from + 1), start(SPAN.from + 2)];
-        calls.iter().for_each(|start| record.begin(start));
+        for start in &calls {
+            record.begin(start);
+        }
         record.end(&calls[0], SPAN.from + 9, &answer());
         record.end(&calls[1], SPAN.from + 9, &Err(Failure::Closed));
         let expected = Counts {

@@ -227,20 +227,17 @@ fn facts(results: &Results) -> String {
         .iter()
         .map(|(name, version)| format!("{name} {version}"))
         .collect();
-    let mut text = format!(
+    let text = format!(
         "<h2>How it was measured</h2><pre>{}</pre><pre>{}</pre><p class=\"soft\">{} The same figures, and every histogram, are in results.json beside this page.</p>",
         escape(&command),
         escape(&versions.join("\n")),
         escape(verdict::RULES),
     );
-    for (name, configuration) in &results.configurations {
-        text.push_str(&format!(
-            "<details><summary>{}</summary><pre>{}</pre></details>",
-            escape(name),
-            escape(configuration)
-        ));
-    }
-    text
+    let configurations = results.configurations.iter().map(|(name, text)| {
+        let (name, text) = (escape(name), escape(text));
+        format!("<details><summary>{name}</summary><pre>{text}</pre></details>")
+    });
+    std::iter::once(text).chain(configurations).collect()
 }
 
 fn html(rows: &[Vec<String>]) -> String {

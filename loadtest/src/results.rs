@@ -11,7 +11,7 @@ use crate::clock::Nanos;
 use crate::engine::{Load, Outcome};
 use crate::machine::Machine;
 use crate::recorder::Counts;
-use crate::summary::Ratio;
+use crate::summary::Against;
 use crate::target::Call;
 use crate::usage::Cpu;
 use crate::verdict;
@@ -34,7 +34,7 @@ pub(crate) struct Results {
     /// What a baseline is compared by.
     pub(crate) metrics: Vec<Metric>,
     /// Ours over the peer's best mode; empty for `run`.
-    pub(crate) ratios: Vec<Ratio>,
+    pub(crate) ratios: Vec<Against>,
     /// What the peers were configured with: name, text.
     pub(crate) configurations: BTreeMap<String, String>,
     /// What a reader must know before the figures.
@@ -381,6 +381,74 @@ impl Results {
             ratios: Vec::new(),
             configurations: BTreeMap::new(),
             notes: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A run in an open loop with these figures; each hop idles at 5 or, for the peer, 10 MiB.
+    pub(crate) fn run(target: &str, repetition: u32, p50: f64, hop_cpu: &[f64]) -> Run {
+        let idle_kib = if target == "sidegate" { 5 } else { 10 } * 1024;
+        let percentiles = Percentiles {
+            p50,
+            p99: p50 * 2.0,
+            ..Percentiles::default()
+        };
+        let process = |cpu: &f64| ProcessFacts {
+            name: "hop".into(),
+            cpu_us: cpu * 1e4,
+            cpu_us_per_request: *cpu,
+            rss_idle_kib: idle_kib,
+            rss_peak_kib: idle_kib * 2,
+        };
+        let load = serde_json::json!({
+            "name": "load", "url": "http://x/", "protocol": "http1", "method": "GET", "body_bytes": 0,
+            "rate": 1000.0, "connections": 1, "streams": 1, "threads": 1,
+            "duration_s": 1.0, "warmup_s": 0.0, "timeout_s": 1.0,
+        });
+        Run {
+            target: target.to_owned(),
+            load: serde_json::from_value(load).unwrap(),
+            repetition,
+            elapsed_s: 10.0,
+            interrupted: false,
+            counts: CountFacts {
+                scheduled: 10_000,
+                missed: 0,
+                sent: 10_000,
+                answered: 10_000,
+                failed: 0,
+                unfinished: 0,
+                warmup_sent: 0,
+                queued: 0,
+                late: 0,
+            },
+            throughput: 1000.0,
+            response_bytes: 0,
+            errors: Vec::new(),
+            statuses: BTreeMap::from([(200, 10_000)]),
+            grpc_statuses: BTreeMap::new(),
+            latency_us: percentiles,
+            service_us: percentiles,
+            generator: GeneratorFacts {
+                cpu_share: 0.1,
+                waiting_share: 0.0,
+                lag_us: Percentiles::default(),
+            },
+            verdict: Verdict {
+                conclusive: true,
+                ..Verdict::default()
+            },
+            histogram: vec![(p50, 10_000)],
+            timeline: Timeline {
+                column_ms: 100.0,
+                columns: 10,
+                cells: vec![(0, 20, 10_000)],
+            },
+            processes: hop_cpu.iter().map(process).collect(),
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::results::{Metric, Run};
+use crate::results::{Metric, ProcessFacts, Run};
 
 /// The target without any proxy.
 pub(crate) const DIRECT: &str = "direct";
@@ -32,7 +32,7 @@ pub(crate) struct Cell<'a> {
 
 /// Ours over the peer's.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub(crate) struct Ratio {
+pub(crate) struct Against {
     pub(crate) what: String,
     pub(crate) load: String,
     /// The peer's best mode for this figure.
@@ -46,6 +46,7 @@ pub(crate) struct Ratio {
 }
 
 type Figure = fn(&Run, Option<&Run>) -> Option<f64>;
+type Memory = fn(&ProcessFacts) -> u64;
 
 /// What is compared: name, unit, whether more is better, and how it is read.
 const FIGURES: &[(&str, &str, bool, Figure)] = &[
@@ -65,15 +66,13 @@ const FIGURES: &[(&str, &str, bool, Figure)] = &[
     }),
 ];
 
-/// The same over every load.
-const MEMORY: &[(&str, &str, bool, Figure)] = &[
-    ("idle memory per proxy", "KiB", false, |run, _| {
-        memory(run, |process| process.rss_idle_kib)
-    }),
-    ("peak memory per proxy", "KiB", false, |run, _| {
-        memory(run, |process| process.rss_peak_kib)
-    }),
+/// Memory is one figure of a target, over every load.
+const MEMORY: &[(&str, Memory)] = &[
+    ("idle memory per proxy", |process| process.rss_idle_kib),
+    ("peak memory per proxy", |process| process.rss_peak_kib),
 ];
+/// The name of that.
+const EVERY_LOAD: &str = "every load";
 
 impl Spread {
     /// Of samples; none without any.
@@ -138,9 +137,12 @@ pub(crate) fn hop_cpu(run: &Run) -> Option<f64> {
     )
 }
 
+/// The highest that a proxy of `target` used, in MiB, over every run.
 #[expect(clippy::cast_precision_loss, reason = "memory below 2^53 KiB")]
-fn memory(run: &Run, of: fn(&crate::results::ProcessFacts) -> u64) -> Option<f64> {
-    mean(run.processes.iter().map(|process| of(process) as f64))
+fn memory(runs: &[Run], target: &str, of: Memory) -> Option<f64> {
+    let runs = runs.iter().filter(|run| run.target == target);
+    let most = runs.flat_map(|run| &run.processes).map(of).max();
+    most.map(|kib| kib as f64 / 1024.0)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a handful of processes")]
@@ -192,11 +194,19 @@ pub(crate) fn metrics(runs: &[Run]) -> Vec<Metric> {
             }
         }
     }
+    for (what, of) in MEMORY {
+        metrics.extend(memory(runs, OWN, *of).map(|mib| Metric {
+            name: format!("{EVERY_LOAD}: {what}"),
+            unit: "MiB".to_owned(),
+            higher_is_better: false,
+            samples: vec![mib],
+        }));
+    }
     metrics
 }
 
 /// Ours over the peer's best mode, figure by figure.
-pub(crate) fn ratios(runs: &[Run]) -> Vec<Ratio> {
+pub(crate) fn ratios(runs: &[Run]) -> Vec<Against> {
     let cells = cells(runs);
     let mut ratios = Vec::new();
     for own in cells.iter().filter(|cell| cell.target == OWN) {
@@ -205,7 +215,7 @@ pub(crate) fn ratios(runs: &[Run]) -> Vec<Ratio> {
             .filter(|cell| cell.load == own.load && cell.target.starts_with(PEER));
         let peers: Vec<_> = peers.collect();
         for (what, _, higher_is_better, figure) in FIGURES {
-            let mut best: Option<Ratio> = None;
+            let mut best: Option<Against> = None;
             for peer in &peers {
                 let Some(ratio) = ratio(what, (own, peer), &cells, *figure) else {
                     continue;
@@ -220,7 +230,29 @@ pub(crate) fn ratios(runs: &[Run]) -> Vec<Ratio> {
             ratios.extend(best);
         }
     }
+    ratios.extend(
+        MEMORY
+            .iter()
+            .filter_map(|(what, of)| memory_ratio(runs, what, *of)),
+    );
     ratios
+}
+
+fn memory_ratio(runs: &[Run], what: &str, of: Memory) -> Option<Against> {
+    let own = memory(runs, OWN, of)?;
+    let peers = runs.iter().filter(|run| run.target.starts_with(PEER));
+    let figures = peers.filter_map(|run| Some((&run.target, memory(runs, &run.target, of)?)));
+    let (peer, other) = figures.min_by(|left, right| left.1.total_cmp(&right.1))?;
+    let one = |value| Spread::of([value]);
+    Some(Against {
+        what: what.to_owned(),
+        load: EVERY_LOAD.to_owned(),
+        peer: peer.clone(),
+        own: one(own)?,
+        other: one(other)?,
+        ratio: one(own / other)?,
+        doubtful: false,
+    })
 }
 
 fn ratio(
@@ -228,22 +260,114 @@ fn ratio(
     (own, peer): (&Cell<'_>, &Cell<'_>),
     cells: &[Cell<'_>],
     figure: Figure,
-) -> Option<Ratio> {
+) -> Option<Against> {
     let mine = samples(own, cells, figure);
     let its = samples(peer, cells, figure);
-    let pairs = mine.iter().filter_map(|(repetition, mine)| {
+    let mut pairs = Vec::new();
+    for (repetition, mine) in &mine {
         let (_, its) = its.iter().find(|(other, _)| other == repetition)?;
-        (*its > 0.0).then_some(mine / its)
-    });
-    Some(Ratio {
+        // Noise above the peer's whole cost: there is nothing to divide by.
+        if *its <= 0.0 {
+            return None;
+        }
+        pairs.push(mine / its);
+    }
+    Some(Against {
         what: what.to_owned(),
         load: own.load.to_owned(),
         peer: peer.target.to_owned(),
         ratio: Spread::of(pairs)?,
         own: Spread::of(mine.iter().map(|(_, sample)| *sample))?,
         other: Spread::of(its.iter().map(|(_, sample)| *sample))?,
-        // Processor time and memory are the proxies' own, whoever is the bottleneck.
-        doubtful: !(what.starts_with("CPU") || what.contains("memory"))
-            && !(own.conclusive() && peer.conclusive()),
+        // Processor time is the proxies' own, whoever is the bottleneck.
+        doubtful: !(what.starts_with("CPU") || own.conclusive() && peer.conclusive()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::tests::run;
+
+    fn runs() -> Vec<Run> {
+        let mut runs = Vec::new();
+        // The second repetition met a machine half as fast.
+        for (repetition, slow) in [(1, 1.0), (2, 2.0)] {
+            runs.push(run("direct", repetition, 100.0 * slow, &[]));
+            runs.push(run(
+                "sidegate",
+                repetition,
+                200.0 * slow,
+                &[10.0 * slow, 20.0 * slow],
+            ));
+            runs.push(run(
+                "envoy-h1",
+                repetition,
+                500.0 * slow,
+                &[60.0 * slow, 60.0 * slow],
+            ));
+            runs.push(run(
+                "envoy-h2",
+                repetition,
+                600.0 * slow,
+                &[30.0 * slow, 30.0 * slow],
+            ));
+        }
+        runs
+    }
+
+    #[track_caller]
+    fn check(what: &str, peer: &str, own: f64, ratio: f64) {
+        let ratios = ratios(&runs());
+        let found = ratios
+            .iter()
+            .find(|ratio| ratio.what.starts_with(what))
+            .unwrap();
+        assert_eq!(found.peer, peer);
+        assert!((found.own.low - own).abs() < 1e-9, "{found:?}");
+        let spread = found.ratio;
+        assert!(
+            (spread.low - ratio).abs() < 1e-9 && (spread.high - ratio).abs() < 1e-9,
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn ratio_is_to_the_best_mode_of_each_figure_within_a_repetition() {
+        check("CPU", "envoy-h2", 15.0, 0.5);
+        check("added p50", "envoy-h1", 100.0, 0.25);
+        check("idle memory", "envoy-h1", 5.0, 0.5);
+    }
+
+    #[test]
+    fn nothing_is_divided_by_what_noise_swallowed() {
+        let mut runs = runs();
+        runs.retain(|run| run.target != "envoy-h2");
+        for run in &mut runs {
+            if run.target == "envoy-h1" {
+                run.latency_us.p50 = 90.0;
+            }
+        }
+        let ratios = ratios(&runs);
+        assert!(
+            ratios
+                .iter()
+                .all(|ratio| !ratio.what.starts_with("added p50")),
+            "{ratios:?}"
+        );
+        assert!(
+            ratios
+                .iter()
+                .any(|ratio| ratio.what.starts_with("added p99"))
+        );
+    }
+
+    #[test]
+    fn cells_keep_the_order_of_loads_and_targets() {
+        let runs = runs();
+        let cells = cells(&runs);
+        let targets: Vec<&str> = cells.iter().map(|cell| cell.target).collect();
+        assert_eq!(targets, ["direct", "sidegate", "envoy-h1", "envoy-h2"]);
+        assert!(cells.iter().all(|cell| cell.runs.len() == 2));
+    }
 }

@@ -4,37 +4,38 @@ use comfy_table::{Cell, CellAlignment, Table, presets};
 
 use crate::baseline::Change;
 use crate::results::{Percentiles, Run};
-use crate::summary::{self, Cell as Group, Ratio, Spread};
+use crate::summary::{self, Against, Cell as Group, Spread};
 
 /// A run as text.
 pub(crate) fn run(run: &Run) -> String {
-    let mut text = format!("{}\n\n", headline(run));
-    text.push_str(&latencies(run));
-    text.push_str("\n\n");
-    text.push_str(&counts(run));
-    for error in &run.errors {
-        text.push_str(&format!(
-            "  {} × {}: {}\n",
-            error.count, error.kind, error.example
-        ));
-    }
-    for (status, count) in &run.statuses {
-        text.push_str(&format!("  {count} × status {status}\n"));
-    }
-    for (status, count) in &run.grpc_statuses {
-        text.push_str(&format!("  {count} × grpc-status {status}\n"));
-    }
-    text.push_str(&generator(run));
-    for warning in &run.verdict.warnings {
-        text.push_str(&format!("warning: {warning}\n"));
-    }
+    let mut lines = vec![headline(run), String::new(), latencies(run), String::new()];
+    lines.extend(counts(run));
+    let errors = run.errors.iter();
+    lines.extend(
+        errors.map(|error| format!("  {} × {}: {}", error.count, error.kind, error.example)),
+    );
+    let statuses = run.statuses.iter();
+    lines.extend(statuses.map(|(status, count)| format!("  {count} × status {status}")));
+    let statuses = run.grpc_statuses.iter();
+    lines.extend(statuses.map(|(status, count)| format!("  {count} × grpc-status {status}")));
+    lines.push(generator(run));
+    lines.extend(
+        run.verdict
+            .warnings
+            .iter()
+            .map(|warning| format!("warning: {warning}")),
+    );
     if !run.verdict.conclusive {
-        text.push_str("NO CONCLUSION: these figures are not the target's\n");
-        for reason in &run.verdict.reasons {
-            text.push_str(&format!("  {reason}\n"));
-        }
+        lines.push("NO CONCLUSION: these figures are not the target's".to_owned());
+        lines.extend(
+            run.verdict
+                .reasons
+                .iter()
+                .map(|reason| format!("  {reason}")),
+        );
     }
-    text
+    lines.push(String::new());
+    lines.join("\n")
 }
 
 /// What a load was, in one line.
@@ -72,25 +73,25 @@ fn latencies(run: &Run) -> String {
     table.trim_fmt()
 }
 
-fn counts(run: &Run) -> String {
+fn counts(run: &Run) -> Vec<String> {
     let counts = &run.counts;
-    let mut text = format!("throughput {:.1} calls/s\n", run.throughput);
+    let mut lines = vec![format!("throughput {:.1} calls/s", run.throughput)];
     if run.load.rate.is_some() {
-        text.push_str(&format!(
-            "scheduled {} = sent {} + missed {}; {} found no free connection or stream, {} began over 1 ms late\n",
+        lines.push(format!(
+            "scheduled {} = sent {} + missed {}; {} found no free connection or stream, {} began over 1 ms late",
             counts.scheduled, counts.sent, counts.missed, counts.queued, counts.late
         ));
     }
-    text.push_str(&format!(
-        "sent {} = answered {} + failed {} + unfinished {} (warm-up: {} more)\n",
+    lines.push(format!(
+        "sent {} = answered {} + failed {} + unfinished {} (warm-up: {} more)",
         counts.sent, counts.answered, counts.failed, counts.unfinished, counts.warmup_sent
     ));
-    text
+    lines
 }
 
 fn generator(run: &Run) -> String {
     format!(
-        "generator: busiest thread {:.0} % of a CPU, waited {:.0} % of the time for one\n",
+        "generator: busiest thread {:.0} % of a CPU, waited {:.0} % of the time for one",
         run.generator.cpu_share * 100.0,
         run.generator.waiting_share * 100.0
     )
@@ -149,20 +150,31 @@ fn head(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
-/// Median and range of microseconds.
+/// Median and range of microseconds, in one unit.
 fn range(spread: Option<Spread>) -> String {
-    spread.map_or_else(String::new, |spread| {
-        format!(
-            "{} ({}–{})",
-            duration(spread.median),
-            duration(spread.low),
-            duration(spread.high)
-        )
-    })
+    let Some(spread) = spread else {
+        return String::new();
+    };
+    let (unit, name) = match spread.median.abs() {
+        median if median < 1e3 => (1.0, "µs"),
+        median if median < 1e6 => (1e3, "ms"),
+        _ => (1e6, "s"),
+    };
+    let told = |value: f64| match value / unit {
+        value if value.abs() < 10.0 => format!("{value:.2}"),
+        value if value.abs() < 100.0 => format!("{value:.1}"),
+        value => format!("{value:.0}"),
+    };
+    format!(
+        "{} ({}–{}) {name}",
+        told(spread.median),
+        told(spread.low),
+        told(spread.high)
+    )
 }
 
 /// Ours over the peer's best mode.
-pub(crate) fn ratio_rows(ratios: &[Ratio]) -> Vec<Vec<String>> {
+pub(crate) fn ratio_rows(ratios: &[Against]) -> Vec<Vec<String>> {
     let mut rows = vec![head(&[
         "load",
         "figure",
@@ -219,9 +231,12 @@ pub(crate) fn cell_rows(runs: &[Run]) -> Vec<Vec<String>> {
             });
         let proxied =
             cell.target != summary::DIRECT && !cell.runs.iter().all(|run| run.processes.is_empty());
-        let added = |of: fn(&Run) -> f64| match proxied {
-            true => range(summary::added(cell, &cells, of)),
-            false => String::new(),
+        let added = |of: fn(&Run) -> f64| {
+            if proxied {
+                range(summary::added(cell, &cells, of))
+            } else {
+                String::new()
+            }
         };
         rows.push(vec![
             cell.load.to_owned(),

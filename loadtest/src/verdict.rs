@@ -6,7 +6,7 @@ use crate::results::{Run, Verdict};
 
 /// A thread this busy limits a closed loop.
 const CPU_SHARE_MAX: f64 = 0.9;
-/// So does one that waits this long for a CPU.
+/// One that waits this long for a CPU shares a machine that has no more to give.
 const WAITING_SHARE_MAX: f64 = 0.25;
 /// The pacer may contribute this much of the mean latency…
 const LAG_MEAN_MAX: f64 = 0.2;
@@ -21,7 +21,7 @@ const WITHOUT_LATENCY_MAX: f64 = 0.001;
 const ANSWERS_MIN: u64 = 1_000;
 
 /// The rules in words.
-pub(crate) const RULES: &str = "A run draws no conclusion on latency and throughput when a generator thread used over 90 % of a CPU; in a closed loop when it waited for a CPU over 25 % of the time; in an open loop when its lag is over 20 % of the mean latency (and over 100 µs) or its p99 over half that of the latency (and over 1 ms). Such figures carry a question mark.";
+pub(crate) const RULES: &str = "A run draws no conclusion on latency and throughput when a generator thread used over 90 % of a CPU; in an open loop when its lag is over 20 % of the mean latency (and over 100 µs) or its p99 over half that of the latency (and over 1 ms). Such figures carry a question mark.";
 
 /// Judges a run by its own figures.
 pub(crate) fn judge(run: &Run) -> Verdict {
@@ -47,12 +47,6 @@ fn reasons(run: &Run) -> Vec<String> {
         ));
     }
     if run.load.rate.is_none() {
-        if generator.waiting_share > WAITING_SHARE_MAX {
-            reasons.push(format!(
-                "the generator was short of CPU: it waited {:.0} % of the time for one",
-                percent(generator.waiting_share)
-            ));
-        }
         return reasons;
     }
     let (lag, latency) = (&generator.lag_us, &run.latency_us);
@@ -76,6 +70,12 @@ fn warnings(run: &Run) -> Vec<String> {
     let mut warnings = Vec::new();
     if run.interrupted {
         warnings.push("interrupted: the figures are those of the time until then".to_owned());
+    }
+    if run.generator.waiting_share > WAITING_SHARE_MAX {
+        warnings.push(format!(
+            "the machine was out of CPU: the generator waited {:.0} % of the time for one; throughput is what all processes reach together",
+            run.generator.waiting_share * 100.0
+        ));
     }
     let without = counts.scheduled - counts.answered;
     let share = without as f64 / counts.scheduled.max(1) as f64;
@@ -101,4 +101,64 @@ fn warnings(run: &Run) -> Vec<String> {
         ));
     }
     warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::tests::run;
+
+    #[track_caller]
+    fn check(change: impl Fn(&mut Run), words: &str) {
+        let mut run = run("direct", 1, 200.0, &[]);
+        run.latency_us.mean = 200.0;
+        change(&mut run);
+        let verdict = judge(&run);
+        assert_eq!(verdict.conclusive, words.is_empty(), "{verdict:?}");
+        assert!(verdict.reasons.join("; ").contains(words), "{verdict:?}");
+    }
+
+    #[test]
+    fn generator_that_is_the_bottleneck_draws_no_conclusion() {
+        check(|_| {}, "");
+        check(|run| run.generator.cpu_share = 0.89, "");
+        check(|run| run.generator.cpu_share = 0.91, "used 91 % of a CPU");
+        check(|run| run.counts.answered = 0, "nothing was answered");
+    }
+
+    #[test]
+    fn lag_is_held_against_the_generator_when_it_is_much_of_the_latency() {
+        check(|run| run.generator.lag_us.mean = 90.0, "");
+        check(
+            |run| run.generator.lag_us.mean = 150.0,
+            "150 µs of the mean",
+        );
+        let slower = |run: &mut Run| {
+            run.generator.lag_us.mean = 150.0;
+            run.latency_us.mean = 900.0;
+        };
+        check(slower, "");
+        check(
+            |run| run.generator.lag_us.p99 = 1_500.0,
+            "its p99 is 1500 µs",
+        );
+        let closed = |run: &mut Run| {
+            run.generator.lag_us.p99 = 1_500.0;
+            run.load.rate = None;
+        };
+        check(closed, "");
+    }
+
+    #[test]
+    fn what_has_no_latency_is_warned_about() {
+        let mut run = run("direct", 1, 200.0, &[]);
+        assert_eq!(judge(&run).warnings, Vec::<String>::new());
+        run.counts.answered -= 20;
+        run.counts.failed += 20;
+        assert!(
+            judge(&run).warnings.concat().contains("0.2 % of the calls"),
+            "{:?}",
+            judge(&run)
+        );
+    }
 }

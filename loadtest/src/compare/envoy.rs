@@ -165,7 +165,7 @@ fn caller_config(folder: &Path, listen: SocketAddr, called: SocketAddr, mode: Mo
         json!([{ "match": { "prefix": "/" }, "route": { "cluster": "called", "timeout": "0s" } }]);
     let filters = json!([router()]);
     bootstrap(
-        listener(listen, manager(folder, "caller", &route, &filters), None),
+        &listener(listen, &manager(folder, "caller", &route, &filters), None),
         &json!([cluster]),
     )
 }
@@ -193,20 +193,20 @@ fn called_config(folder: &Path, listen: SocketAddr, backend: SocketAddr) -> Valu
         },
     });
     bootstrap(
-        listener(
+        &listener(
             listen,
-            manager(folder, "called", &routes, &filters),
+            &manager(folder, "called", &routes, &filters),
             Some(transport),
         ),
         &clusters,
     )
 }
 
-fn bootstrap(listener: Value, clusters: &Value) -> Value {
+fn bootstrap(listener: &Value, clusters: &Value) -> Value {
     json!({ "static_resources": { "listeners": [listener], "clusters": clusters } })
 }
 
-fn listener(address: SocketAddr, manager: Value, transport: Option<Value>) -> Value {
+fn listener(address: SocketAddr, manager: &Value, transport: Option<Value>) -> Value {
     let mut chain = json!({ "filters": [manager] });
     if let Some(transport) = transport {
         insert(&mut chain, "transport_socket", transport);

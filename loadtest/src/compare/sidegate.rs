@@ -93,16 +93,15 @@ pub(crate) async fn start(
         "sidegate-proxy".into(),
         output(version("sidegate-proxy")).await?,
     );
-    let called = Addresses::free()?;
-    let caller = Addresses::free()?;
+    let (front, behind) = (Addresses::free()?, Addresses::free()?);
     let texts = [
         ("ca.yaml", ca_config(ca_address, free_address()?)),
-        ("caller.yaml", caller.config("caller", ca_address, None)),
+        ("caller.yaml", front.config("caller", ca_address, None)),
         (
             "called.yaml",
-            called.config("called", ca_address, Some(backend)),
+            behind.config("called", ca_address, Some(backend)),
         ),
-        ("resources/called.yaml", resources(called.inbound)),
+        ("resources/called.yaml", resources(behind.inbound)),
     ];
     for (name, text) in texts {
         fs::write(folder.join(name), &text)?;
@@ -110,7 +109,7 @@ pub(crate) async fn start(
             .insert(format!("sidegate: {name}"), text);
     }
     peer.others.push(authority(binaries, folder).await?);
-    for (name, addresses) in [("caller", &caller), ("called", &called)] {
+    for (name, addresses) in [("caller", &front), ("called", &behind)] {
         token(binaries, folder, name).await?;
         let mut command = Command::new(binaries.join("sidegate-proxy"));
         command
@@ -121,7 +120,7 @@ pub(crate) async fn start(
         sidecar.until(|| ready(binaries, health)).await?;
         peer.hops.push(sidecar);
     }
-    peer.via = Some(caller.outbound.to_string().parse()?);
+    peer.via = Some(front.outbound.to_string().parse()?);
     Ok(peer)
 }
 

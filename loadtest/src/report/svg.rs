@@ -25,8 +25,11 @@ svg .c{fill:none}svg .h{fill:#0969da}
 svg .k0{stroke:#8b949e;fill:#8b949e}svg .k1{stroke:#58a6ff;fill:#58a6ff}svg .k2{stroke:#ff7b72;fill:#ff7b72}svg .c{fill:none}}
 ";
 
+/// A name, and the latency and calls of each bucket.
+pub(super) type Curve = (String, Vec<(f64, u64)>);
+
 /// Latency over percentile: both axes logarithmic, the first by the share that is slower.
-pub(super) fn percentiles(curves: &[(String, Vec<(f64, u64)>)]) -> String {
+pub(super) fn percentiles(curves: &[Curve]) -> String {
     let filled = curves
         .iter()
         .flat_map(|(_, buckets)| buckets.iter().map(|bucket| bucket.0));

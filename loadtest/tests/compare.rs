@@ -1,0 +1,139 @@
+//! `sidegate-loadtest compare`, short: that everything is measured and written down.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    missing_docs,
+    reason = "tests"
+)]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+const SHORT: &str = "--repetitions 2 --duration 300ms --warmup 100ms";
+
+fn compare(arguments: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sidegate-loadtest"))
+        .arg("compare")
+        .args(arguments.split_whitespace())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+#[track_caller]
+fn measure(arguments: &str) -> Value {
+    let output = compare(&format!("{arguments} {SHORT} --output json"));
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[track_caller]
+fn check_answered(run: &Value) {
+    let answered = &run["counts"]["answered"];
+    assert!(answered.as_u64().unwrap() > 0, "{run}");
+    assert_eq!(
+        run["statuses"],
+        serde_json::json!({ "200": answered }),
+        "{}",
+        run["target"]
+    );
+    assert_eq!(run["errors"], serde_json::json!([]));
+}
+
+#[test]
+fn report_holds_every_load_and_needs_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("report");
+    let results = measure(&format!("--targets direct --report {}", report.display()));
+    let runs = results["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 14, "seven loads, twice");
+    runs.iter().for_each(check_answered);
+    let grpc = runs.iter().filter(|run| run["load"]["protocol"] == "grpc");
+    assert!(grpc.clone().count() == 2);
+    for run in grpc {
+        assert_eq!(
+            run["grpc_statuses"],
+            serde_json::json!({ "0": run["counts"]["answered"] })
+        );
+    }
+    let written: Value =
+        serde_json::from_slice(&std::fs::read(report.join("results.json")).unwrap()).unwrap();
+    assert_eq!(written, results);
+    let page = std::fs::read_to_string(report.join("index.html")).unwrap();
+    assert!(
+        page.matches("<svg ").count() >= 21,
+        "a curve for each load, a picture for each run"
+    );
+    for fetched in ["src=", "href=", "@import", "url(", "<script"] {
+        assert!(!page.contains(fetched), "{fetched}");
+    }
+    assert!(page.contains("prefers-color-scheme:dark"));
+}
+
+/// Binaries of the workspace stand beside our own when the whole of it is tested.
+#[test]
+fn sidecars_are_measured_with_their_cpu_and_memory() {
+    let folder = Path::new(env!("CARGO_BIN_EXE_sidegate-loadtest"))
+        .parent()
+        .unwrap();
+    if !["sidegate-proxy", "sidegate-ca"]
+        .iter()
+        .all(|name| folder.join(name).is_file())
+    {
+        eprintln!(
+            "SKIPPED: no sidegate-proxy and sidegate-ca in {}",
+            folder.display()
+        );
+        return;
+    }
+    let results = measure(&format!(
+        "--targets sidegate --loads c16,grpc --bin-dir {}",
+        folder.display()
+    ));
+    let runs = results["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 8, "two loads and two targets, twice");
+    runs.iter().for_each(check_answered);
+    for run in runs.iter().filter(|run| run["target"] == "sidegate") {
+        let hops = run["processes"].as_array().unwrap();
+        assert_eq!(hops.len(), 2);
+        for hop in hops {
+            assert!(hop["cpu_us_per_request"].as_f64().unwrap() > 1.0, "{hop}");
+            assert!(hop["rss_idle_kib"].as_u64().unwrap() > 1024, "{hop}");
+            assert!(
+                hop["rss_peak_kib"].as_u64() >= hop["rss_idle_kib"].as_u64(),
+                "{hop}"
+            );
+        }
+    }
+    let configurations = results["configurations"].as_object().unwrap();
+    let policy = configurations["sidegate: resources/called.yaml"]
+        .as_str()
+        .unwrap();
+    assert_eq!(policy.matches("- name: ").count(), 20, "rules");
+}
+
+#[track_caller]
+fn check_refused(arguments: &str, words: &str) {
+    let output = compare(arguments);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments}: {told}");
+    assert!(told.contains(words), "{arguments}: {told}");
+}
+
+#[test]
+fn bad_flags_are_told_before_anything_starts() {
+    check_refused("--targets linkerd", "there is no target linkerd");
+    check_refused("--loads huge", "there is no load huge");
+    check_refused("--repetitions 0", "--repetitions");
+    check_refused(
+        "--targets envoy-h1 --envoy /nowhere/envoy",
+        "/nowhere/envoy",
+    );
+    check_refused("--baseline /nowhere.json", "/nowhere.json");
+}
