@@ -129,7 +129,7 @@ pub(crate) struct Output {
     /// What to print on standard output.
     #[arg(short, long = "output", value_enum, default_value_t = Format::Table)]
     format: Format,
-    /// Write results.json, index.html and the pictures into this folder.
+    /// Write results.json, index.html and the pictures into this folder (compare: `report`).
     #[arg(long, value_name = "DIR")]
     pub(crate) report: Option<PathBuf>,
     /// Earlier results; exit with 1 when these are worse beyond noise.

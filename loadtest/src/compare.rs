@@ -37,6 +37,8 @@ mod sidegate;
 const RULES: usize = 20;
 /// How long everything rests before idle memory is read.
 const SETTLE: Duration = Duration::from_secs(2);
+/// The folder of the report when none is named.
+const REPORT: &str = "report";
 const TARGETS: &[&str] = &["direct", "sidegate", "envoy-h1", "envoy-h2"];
 
 /// Runs the comparison.
@@ -44,7 +46,8 @@ const TARGETS: &[&str] = &["direct", "sidegate", "envoy-h1", "envoy-h2"];
 /// # Errors
 ///
 /// [`Usage`], or why a target could not be started or measured.
-pub(crate) async fn compare(options: Compare) -> anyhow::Result<ExitCode> {
+pub(crate) async fn compare(mut options: Compare) -> anyhow::Result<ExitCode> {
+    options.output.report.get_or_insert_with(|| REPORT.into());
     let plan = Plan::new(&options).map_err(Usage)?;
     if options.loads.iter().any(|load| load == "list") {
         for (short, load) in SHORT.iter().zip(LOADS) {
@@ -62,7 +65,10 @@ pub(crate) async fn compare(options: Compare) -> anyhow::Result<ExitCode> {
         peers = start(&plan, &options, (&folder, backend.address), &mut notes) => peers?,
         () = told(interrupt.clone()) => bail!("interrupted before anything was measured"),
     };
-    let runs = measure(&plan, &peers, interrupt).await?;
+    let runs = measure(&plan, &peers, interrupt.clone()).await?;
+    if *interrupt.borrow() {
+        notes.push("Interrupted: loads and repetitions are missing.".to_owned());
+    }
     let mut results = Results::new("compare", runs);
     results.metrics = summary::metrics(&results.runs);
     results.ratios = summary::ratios(&results.runs);

@@ -259,7 +259,7 @@ mod tests {
     fn start(intended: Nanos) -> Start {
         Start {
             intended,
-            begun: intended,
+            begun: intended + 10_000,
             queued: false,
         }
     }
@@ -314,6 +314,11 @@ mod tests {
             );
         }
         assert_eq!(left.latency.len(), 200_000);
+        let wait = left.latency.min() - left.service.min();
+        assert!(
+            (9_000..11_000).contains(&wait),
+            "the wait for a slot is in the latency only: {wait}"
+        );
         let drawn: u64 = left
             .timeline
             .iter()
@@ -330,13 +335,13 @@ mod tests {
         let mut record = Record::new(SPAN);
         let warm = start(SPAN.from - 1);
         record.begin(&warm);
-        record.end(&warm, SPAN.from + 5, &answer());
+        record.end(&warm, SPAN.from + 50_000, &answer());
         let calls = [start(SPAN.from), start(SPAN.from + 1), start(SPAN.from + 2)];
         for start in &calls {
             record.begin(start);
         }
-        record.end(&calls[0], SPAN.from + 9, &answer());
-        record.end(&calls[1], SPAN.from + 9, &Err(Failure::Closed));
+        record.end(&calls[0], SPAN.from + 90_000, &answer());
+        record.end(&calls[1], SPAN.from + 90_000, &Err(Failure::Closed));
         let expected = Counts {
             warmup_sent: 1,
             sent: 3,

@@ -27,7 +27,19 @@ fn compare(arguments: &str) -> Output {
 
 #[track_caller]
 fn measure(arguments: &str) -> Value {
-    let output = compare(&format!("{arguments} {SHORT} --output json"));
+    let folder = tempfile::tempdir().unwrap();
+    let elsewhere = if arguments.contains("--report") {
+        ""
+    } else {
+        "--report"
+    };
+    let report = if elsewhere.is_empty() {
+        String::new()
+    } else {
+        folder.path().display().to_string()
+    };
+    let report = format!("{elsewhere} {report}");
+    let output = compare(&format!("{arguments} {SHORT} {report} --output json"));
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{told}");
     serde_json::from_slice(&output.stdout).unwrap()

@@ -155,6 +155,64 @@ fn percentiles_of_a_closed_loop_are_the_servers_within_one_percent() {
     check_percentiles("--closed --connections 100");
 }
 
+/// The number after `word`.
+#[track_caller]
+fn figure(text: &str, word: &str) -> f64 {
+    let (_, rest) = text
+        .split_once(word)
+        .unwrap_or_else(|| panic!("no {word} in {text}"));
+    let rest = rest.trim_start();
+    let end = rest
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(rest.len());
+    rest[..end]
+        .parse()
+        .unwrap_or_else(|_| panic!("no number after {word} in {text}"))
+}
+
+/// Calls a second of `wrk`, `h2load` and ours on the same server, each over eight connections.
+fn throughputs() -> [f64; 3] {
+    let delays = [20, 60, 30, 50].map(Duration::from_millis).to_vec();
+    let server = Server::start(Behaviour {
+        delays,
+        ..Behaviour::default()
+    });
+    let other = |program: &str, arguments: &str| {
+        let output = Command::new(program)
+            .args(arguments.split_whitespace())
+            .arg(server.url())
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let wrk = figure(&other("wrk", "-t1 -c8 -d3s"), "Requests/sec:");
+    let h2load = other("h2load", "--h1 -t1 -c8 -D3");
+    let h2load = figure(&h2load, "finished in 3.00s,");
+    let run = measure(&format!(
+        "--url {} --closed --connections 8 --duration 3s --warmup 0s",
+        server.url()
+    ));
+    [wrk, h2load, run["throughput"].as_f64().unwrap()]
+}
+
+#[test]
+fn figures_agree_with_those_of_wrk_and_h2load() {
+    let there = |program| Command::new(program).arg("--version").output().is_ok();
+    if !there("wrk") || !there("h2load") {
+        eprintln!("SKIPPED: no wrk and h2load (apt: wrk, nghttp2-client)");
+        return;
+    }
+    let mut told = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let [wrk, h2load, own] = throughputs();
+        if (own / wrk - 1.0).abs() < 0.05 && (own / h2load - 1.0).abs() < 0.05 {
+            return;
+        }
+        told.push([wrk, h2load, own]);
+    }
+    panic!("never within 5 %: {told:?}");
+}
+
 fn stalling() -> Server {
     Server::start(Behaviour {
         stall: Some((Duration::from_millis(1500), Duration::from_millis(2500))),

@@ -63,7 +63,8 @@ async fn build() -> anyhow::Result<PathBuf> {
         .await
         .context("cannot run cargo; name the binaries with --bin-dir")?;
     ensure!(status.success(), "cargo build failed");
-    Ok(workspace.join("target").join("dist"))
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    Ok(workspace.join(target).join("dist"))
 }
 
 /// Starts CA and sidecars in front of `backend`.

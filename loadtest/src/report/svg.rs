@@ -57,7 +57,7 @@ pub(super) fn percentiles(curves: &[Curve]) -> String {
             .iter()
             .map(|(share, value)| format!("{:.1},{:.1}", x(*share), scale.y(*value)))
             .collect();
-        let class = number % 6;
+        let class = class(number, name);
         parts.push(format!(
             "<polyline class=\"c k{class}\" points=\"{}\"/>",
             points.join(" ")
@@ -94,6 +94,17 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     all
 }
 
+/// A target keeps its colour from picture to picture.
+fn class(number: usize, name: &str) -> usize {
+    match name.split(' ').next() {
+        Some("direct") => 0,
+        Some("sidegate") => 1,
+        Some("envoy-h1") => 2,
+        Some("envoy-h2") => 3,
+        _ => number % 6,
+    }
+}
+
 /// Bars with the range over repetitions.
 #[expect(clippy::cast_precision_loss, reason = "a handful of bars")]
 pub(super) fn bars(bars: &[(String, Spread)], unit: &str) -> String {
@@ -106,7 +117,7 @@ pub(super) fn bars(bars: &[(String, Spread)], unit: &str) -> String {
     let mut parts = Vec::new();
     for (number, (name, spread)) in bars.iter().enumerate() {
         let y = TOP + number as f64 * 28.0;
-        let class = number % 6;
+        let class = class(number, name);
         parts.push(text((left - 8.0, y + 15.0), "end", name));
         parts.push(format!(
             "<rect class=\"k{class}\" x=\"{left}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"20\"/>",
@@ -211,7 +222,7 @@ fn legend(number: usize, name: &str) -> String {
     let x = WIDTH - RIGHT + 12.0;
     let stroke = format!(
         "<line class=\"k{}\" x1=\"{x}\" y1=\"{y}\" x2=\"{}\" y2=\"{y}\" stroke-width=\"3\"/>",
-        number % 6,
+        class(number, name),
         x + 16.0
     );
     stroke + &text((x + 22.0, y + 4.0), "start", name)
