@@ -187,7 +187,8 @@ fn throughputs() -> [f64; 3] {
     };
     let wrk = figure(&other("wrk", "-t1 -c8 -d3s"), "Requests/sec:");
     let h2load = other("h2load", "--h1 -t1 -c8 -D3");
-    let h2load = figure(&h2load, "finished in 3.00s,");
+    let (_, finished) = h2load.split_once("finished in ").unwrap();
+    let h2load = figure(finished, "s, ");
     let run = measure(&format!(
         "--url {} --closed --connections 8 --duration 3s --warmup 0s",
         server.url()
@@ -508,22 +509,22 @@ fn regression_against_a_baseline_exits_with_one() {
             ..Behaviour::default()
         });
         run(&format!(
-            "--url {} --rate 100 --duration 2s --warmup 0s {rest}",
+            "--url {} --rate 100 --connections 100 --duration 2s --warmup 0s {rest}",
             server.url()
         ))
     };
-    let before = measured(40, "--output json");
+    let before = measured(200, "--output json");
     std::fs::write(&file, &before.stdout).unwrap();
     let baseline = format!("--baseline {}", file.display());
-    let slower = measured(400, &baseline);
+    let slower = measured(600, &baseline);
     assert_eq!(slower.status.code(), Some(1), "{slower:?}");
     assert!(
         String::from_utf8_lossy(&slower.stdout).contains("REGRESSION"),
         "{slower:?}"
     );
-    let faster = measured(5, &baseline);
+    let faster = measured(100, &baseline);
     assert_eq!(faster.status.code(), Some(0), "{faster:?}");
-    let other = measured(40, &format!("{baseline} --protocol http2"));
+    let other = measured(200, &format!("{baseline} --protocol http2"));
     assert_eq!(other.status.code(), Some(1));
     assert!(
         String::from_utf8_lossy(&other.stderr).contains("another load"),
