@@ -173,7 +173,10 @@ async fn control(
         }
         let (answered, failed) = (live.answered.load(Relaxed), live.failed.load(Relaxed));
         if answered == 0 && failed >= FAILURES_TELLING {
-            bail!("nothing answers: the first {failed} calls failed");
+            let first = live.first_failure.get().map_or("", String::as_str);
+            bail!(
+                "nothing answers: the first {failed} calls failed, the first of them so: {first}"
+            );
         }
         let at = now();
         observer.tick(share(start, span.to, at), answered, failed);

@@ -4,6 +4,7 @@
 //! call belongs to the warm-up or to the measurement by its intended start.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 
 use hdrhistogram::Histogram;
@@ -71,6 +72,8 @@ pub(crate) struct Window {
 pub(crate) struct Live {
     pub(crate) answered: AtomicU64,
     pub(crate) failed: AtomicU64,
+    /// The first failure's words.
+    pub(crate) first_failure: OnceLock<String>,
 }
 
 /// Everything recorded. Times are nanoseconds.

@@ -497,6 +497,7 @@ fn unreachable_targets_are_told_at_once() {
     let address = closing.local_addr().unwrap();
     std::thread::spawn(move || closing.incoming().for_each(drop));
     check_refused(&format!("--url http://{address}/"), 1, "nothing answers");
+    check_refused(&format!("--url http://{address}/"), 1, "so: conn");
 }
 
 #[test]

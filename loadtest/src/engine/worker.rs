@@ -152,10 +152,12 @@ async fn load(
 
 impl Context {
     fn ended(&self, start: &crate::schedule::Start, outcome: &Result<Answer, Failure>) {
-        let counter = if outcome.is_ok() {
-            &self.live.answered
-        } else {
-            &self.live.failed
+        let counter = match outcome {
+            Ok(_) => &self.live.answered,
+            Err(failure) => {
+                self.live.first_failure.get_or_init(|| failure.to_string());
+                &self.live.failed
+            }
         };
         counter.fetch_add(1, Relaxed);
         self.record.borrow_mut().end(start, now(), outcome);
