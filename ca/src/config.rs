@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sidegate_mesh::spiffe::TrustDomain;
+use sidegate_mesh::yaml;
 
 /// Shortest leaf lifetime without `allowShortLeafLifetime`.
 pub const LEAF_LIFETIME_MIN: Duration = Duration::from_mins(1);
@@ -121,15 +122,9 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not the YAML that is expected.
-    #[error("{}:{line}:{column}: {message}", path.display())]
+    #[error("{message}")]
     Syntax {
-        /// The configuration file.
-        path: PathBuf,
-        /// Line, from 1.
-        line: u64,
-        /// Column, from 1.
-        column: u64,
-        /// What, as the parser says it.
+        /// `FILE:LINE:COLUMN: message`.
         message: String,
     },
     /// A value is impossible.
@@ -172,7 +167,9 @@ impl Config {
             source,
         })?;
         let mut config: Self =
-            serde_saphyr::from_str(&text).map_err(|error| syntax(path, &error))?;
+            serde_saphyr::from_str(&text).map_err(|error| ConfigError::Syntax {
+                message: yaml::syntax_error(&path.display().to_string(), &error),
+            })?;
         let folder = path.parent().unwrap_or(Path::new(""));
         config.state_dir = folder.join(&config.state_dir);
         config.admin_socket = config.admin_socket.map(|socket| folder.join(socket));
@@ -289,20 +286,6 @@ fn default_backdate() -> Duration {
 
 fn default_token_lifetime() -> Duration {
     Duration::from_mins(10)
-}
-
-fn syntax(path: &Path, error: &serde_saphyr::Error) -> ConfigError {
-    let place = error.location();
-    // The plain error repeats the place at its end; it is said already.
-    let message = error.without_snippet().to_string();
-    let message = message.lines().next().unwrap_or_default();
-    let message = message.split(" at line ").next().unwrap_or(message);
-    ConfigError::Syntax {
-        path: path.to_owned(),
-        line: place.map_or(1, |place| place.line().max(1)),
-        column: place.map_or(1, |place| place.column().max(1)),
-        message: message.trim_start_matches("error: ").to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ pub mod spiffe;
 pub mod store;
 pub mod validate;
 pub mod workload;
+pub mod yaml;
 
 pub use clock::{Clock, ManualClock};
 pub use decision::{Decision, Verdict};

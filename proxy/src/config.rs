@@ -18,7 +18,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use sidegate_mesh::{Enforcement, SpiffeId, SpiffeIdError, TrustDomain, Workload, WorkloadPort};
+use sidegate_mesh::{
+    Enforcement, SpiffeId, SpiffeIdError, TrustDomain, Workload, WorkloadPort, yaml,
+};
 
 pub use limits::LimitsConfig;
 
@@ -475,7 +477,7 @@ impl Config {
     /// [`ConfigError::Invalid`], with the place of each problem.
     pub fn from_yaml(name: &str, text: &str) -> Result<Self, ConfigError> {
         let config: Self = serde_saphyr::from_str(text).map_err(|error| ConfigError::Invalid {
-            lines: vec![locate::syntax_error(name, &error)],
+            lines: vec![yaml::syntax_error(name, &error)],
         })?;
         let faults = config.check();
         if faults.is_empty() {

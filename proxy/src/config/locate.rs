@@ -31,16 +31,6 @@ impl fmt::Display for Place {
     }
 }
 
-/// `NAME:LINE:COLUMN: message` of what serde or the YAML parser found.
-pub(super) fn syntax_error(name: &str, error: &serde_saphyr::Error) -> String {
-    let place = error.location().map_or(Place::START, Place::of);
-    // The plain error repeats the place at its end and draws a snippet; both are said already.
-    let message = error.without_snippet().to_string();
-    let message = message.lines().next().unwrap_or_default();
-    let message = message.split(" at line ").next().unwrap_or(message);
-    format!("{name}:{place}: {}", message.trim_start_matches("error: "))
-}
-
 /// The place of every value of a text.
 #[derive(Debug, Default)]
 pub(super) struct Places(Option<Spanned<Node>>);
