@@ -94,13 +94,6 @@ pub(crate) struct Caller {
     guard: Option<GuardHandle>,
 }
 
-/// Serves one listener with an outbound half of its own. A worker with several listeners makes one
-/// [`Outbound`] for all of them, so that they share its connections.
-pub async fn serve(listener: TcpListener, shared: Arc<Shared>, upstream: Option<ServicePort>) {
-    let bound = upstream.as_ref().map(BoundService::from);
-    Outbound::new(shared).serve(listener, bound).await;
-}
-
 impl Outbound {
     /// The outbound half of one worker, with no connection yet.
     pub fn new(shared: Arc<Shared>) -> Arc<Self> {
