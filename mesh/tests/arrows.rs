@@ -30,6 +30,15 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["sidegate-api", "sidegate-mesh", "sidegate-mtls"],
     ),
     (
+        "sidegate-controller",
+        &["sidegate-api", "sidegate-mesh", "sidegate-mtls"],
+    ),
+    (
+        "sidegate-injector",
+        &["sidegate-api", "sidegate-mesh", "sidegate-mtls"],
+    ),
+    ("sidegate-init", &[]),
+    (
         "sidegate-local",
         &[
             "sidegate-ca",
@@ -42,7 +51,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sidegate-loadtest", &[]),
     (
         "sidegate",
-        &["sidegate-examples", "sidegate-local", "sidegate-mesh"],
+        &[
+            "sidegate-controller",
+            "sidegate-examples",
+            "sidegate-injector",
+            "sidegate-local",
+            "sidegate-mesh",
+        ],
     ),
 ];
 
@@ -53,7 +68,12 @@ const OUT_OF_REACH: &[(&str, &[&str])] = &[
         &["tokio", "hyper", "rustls", "kube", "mio", "socket2"],
     ),
     ("sidegate-proxy", &["kube", "k8s-openapi", "sidegate-ca"]),
-    ("sidegate-ca", &["kube", "sidegate-proxy"]),
+    ("sidegate-ca", &["sidegate-proxy"]),
+    ("sidegate-controller", &["sidegate-proxy", "sidegate-ca"]),
+    (
+        "sidegate-injector",
+        &["sidegate-proxy", "sidegate-ca", "sidegate-controller"],
+    ),
     (
         "sidegate",
         &["ring", "openssl", "openssl-sys", "native-tls", "reqwest"],

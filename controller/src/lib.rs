@@ -1,0 +1,1 @@
+//! The controller: Kubernetes in, what each sidecar needs out.

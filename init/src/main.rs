@@ -1,0 +1,3 @@
+//! Redirects a pod's traffic to its sidecar.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The webhooks' process.
+
+fn main() {}
