@@ -61,6 +61,24 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Who must answer there.
     pub identity: SpiffeId,
+    /// The zone that it is in, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Arc<str>>,
+    /// It is about to end: it goes on with what it has, and is chosen only when there is no other.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
+}
+
+impl Endpoint {
+    /// An endpoint of which nothing else is known.
+    pub fn new(address: SocketAddr, identity: SpiffeId) -> Self {
+        Self {
+            address,
+            identity,
+            zone: None,
+            draining: false,
+        }
+    }
 }
 
 /// How a service is called.
@@ -244,10 +262,7 @@ fn compile_service(
         .iter()
         .filter_map(|endpoint| {
             let identity = identity_of(&endpoint.identity, &name.namespace, trust_domain)?;
-            Some(Endpoint {
-                address: endpoint.address,
-                identity,
-            })
+            Some(Endpoint::new(endpoint.address, identity))
         })
         .collect();
     let route = |port: &ServicePort| {

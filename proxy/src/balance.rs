@@ -368,12 +368,8 @@ mod tests {
     use super::*;
 
     fn endpoint(port: u16, account: &str) -> Endpoint {
-        Endpoint {
-            address: ([127, 0, 0, 1], port).into(),
-            identity: format!("spiffe://mesh.local/ns/shop/sa/{account}")
-                .parse()
-                .unwrap(),
-        }
+        let identity = format!("spiffe://mesh.local/ns/shop/sa/{account}");
+        Endpoint::new(([127, 0, 0, 1], port).into(), identity.parse().unwrap())
     }
 
     fn route(endpoints: &[Endpoint], ejection: Ejection) -> Arc<Route> {
