@@ -112,7 +112,7 @@ impl Member {
         self.ports.push(config::PortConfig {
             name: Some(name.to_owned()),
             port,
-            address,
+            address: Some(address),
             protocol: config::PortProtocol::default(),
         });
         self
@@ -241,13 +241,14 @@ impl LocalMesh {
             namespace: member.namespace.clone(),
             service_account: member.service_account.clone(),
             labels: member.labels.clone(),
-            enforcement: member.enforcement,
+            enforcement: Some(member.enforcement),
         };
         let ca = config::CaConfig {
             address: self.ca.address().to_string(),
             root: self.ca.root_path(),
             join_token: Some(config::Secret::new(token.token.to_string())),
             join_token_file: None,
+            token_file: None,
         };
         let mut config = config::Config::new(workload, ca, self.resources_dir());
         config.ports.clone_from(&member.ports);

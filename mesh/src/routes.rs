@@ -36,7 +36,7 @@ struct Service {
 }
 
 /// One port of one service.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Route {
     /// `orders.shop:80`, as the access log says it.
     pub service: Arc<str>,

@@ -7,8 +7,10 @@
 //! The three choices between standalone and Kubernetes are made here and nowhere else: [`Source`],
 //! [`Evidence`] and [`Destination`].
 
+mod cluster;
 mod limits;
 mod locate;
+mod probes;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,7 +24,11 @@ use sidegate_mesh::{
     Enforcement, SpiffeId, SpiffeIdError, TrustDomain, Workload, WorkloadPort, yaml,
 };
 
+pub use cluster::{ControllerConfig, EnvironmentError, Pod};
 pub use limits::LimitsConfig;
+pub use probes::{
+    GrpcProbe, HttpHeader, HttpProbe, HttpScheme, ProbeConfig, ProbeKind, ProbesConfig, TcpProbe,
+};
 
 use crate::diagnostics;
 
@@ -37,11 +43,30 @@ pub struct Config {
     pub workload: WorkloadConfig,
     /// Where identities come from.
     pub ca: CaConfig,
-    /// Folder with the resources (policies, services), which is watched.
-    pub resources: PathBuf,
+    /// Folder with the resources (policies, services), which is watched. Not with `controller`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<PathBuf>,
+    /// The controller of a cluster, which streams what concerns this sidecar. Not with `resources`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub controller: Option<ControllerConfig>,
+    /// The pod that this sidecar is in; from the environment, see [`Self::from_environment`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Pod>,
+    /// How the destination of the application's calls is known.
+    #[serde(default)]
+    pub destination: Destination,
     /// The application's ports. Empty when the application only calls.
     #[serde(default)]
     pub ports: Vec<PortConfig>,
+    /// Ports that callers without an identity may reach where a policy admits `unauthenticated`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plaintext_ports: Vec<u16>,
+    /// Ports of destinations whose bytes are never looked at.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub opaque_ports: Vec<u16>,
+    /// The application's probes and hooks that this sidecar carries out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probes: Option<ProbesConfig>,
     /// Where the application's own calls arrive.
     #[serde(default)]
     pub outbound: OutboundConfig,
@@ -95,9 +120,10 @@ pub struct WorkloadConfig {
     /// Its labels, which `selector.matchLabels` compares.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// Whether a refusal refuses (`enforce`) or is only logged (`audit`).
-    #[serde(default)]
-    pub enforcement: Enforcement,
+    /// Whether a refusal refuses (`enforce`) or is only logged (`audit`). Absent: `enforce` beside a
+    /// folder; in a cluster what the controller says of the namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enforcement: Option<Enforcement>,
 }
 
 /// `ca`: where identities come from, and what proves ours.
@@ -115,6 +141,10 @@ pub struct CaConfig {
     /// File with the join token, instead of `joinToken`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub join_token_file: Option<PathBuf>,
+    /// File with a service account token of the cluster, instead of a join token; read anew for
+    /// each certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
 }
 
 /// One port of the application.
@@ -126,8 +156,10 @@ pub struct PortConfig {
     pub name: Option<String>,
     /// Number by which policies and callers call it.
     pub port: u16,
-    /// Where the application really listens.
-    pub address: SocketAddr,
+    /// Where the application really listens; absent with `destination: original`, where that is
+    /// the address that was called.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<SocketAddr>,
     /// What it speaks.
     #[serde(default)]
     pub protocol: PortProtocol,
@@ -363,6 +395,8 @@ impl<'de> Deserialize<'de> for ServicePort {
 pub enum Source {
     /// A folder of YAML files.
     Folder(PathBuf),
+    /// The controller of a cluster, at `HOST:PORT`.
+    Controller(String),
 }
 
 /// What proves who we are before there is an SVID.
@@ -370,6 +404,8 @@ pub enum Source {
 pub enum Evidence {
     /// A join token; absent when only a kept SVID can prove it.
     JoinToken(Option<JoinToken>),
+    /// A service account token of the cluster, in this file, each time.
+    ServiceAccountToken(PathBuf),
 }
 
 /// Where the join token is.
@@ -382,10 +418,14 @@ pub enum JoinToken {
 }
 
 /// How the destination of an application's call is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Destination {
     /// By the request's authority, or by a port that is bound to one service.
+    #[default]
     Authority,
+    /// By the address that the application connected to, before it was redirected here.
+    Original,
 }
 
 /// One thing that is wrong with a configuration.
@@ -422,6 +462,9 @@ pub enum ConfigError {
         /// One line a problem.
         lines: Vec<String>,
     },
+    /// The environment of a pod lacks something.
+    #[error(transparent)]
+    Environment(#[from] EnvironmentError),
     /// A configuration built in code contradicts itself.
     #[error("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Faults {
@@ -436,8 +479,14 @@ impl Config {
         Self {
             workload,
             ca,
-            resources,
+            resources: Some(resources),
+            controller: None,
+            pod: None,
+            destination: Destination::default(),
             ports: Vec::new(),
+            plaintext_ports: Vec::new(),
+            opaque_ports: Vec::new(),
+            probes: None,
             outbound: OutboundConfig::default(),
             inbound: InboundConfig::default(),
             admin: AdminConfig::default(),
@@ -496,6 +545,7 @@ impl Config {
         let mut faults = Vec::new();
         self.check_workload(&mut faults);
         self.check_ca(&mut faults);
+        self.check_cluster(&mut faults);
         self.check_ports(&mut faults);
         self.check_listeners(&mut faults);
         self.check_applications(&mut faults);
@@ -527,17 +577,23 @@ impl Config {
             namespace: self.workload.namespace.clone(),
             labels: self.workload.labels.clone(),
             ports: ports.collect(),
-            enforcement: self.workload.enforcement,
+            enforcement: self.workload.enforcement.unwrap_or_default(),
         })
     }
 
     /// Where resources come from.
     pub fn source(&self) -> Source {
-        Source::Folder(self.resources.clone())
+        match (&self.controller, &self.resources) {
+            (Some(controller), _) => Source::Controller(controller.address.clone()),
+            (None, folder) => Source::Folder(folder.clone().unwrap_or_default()),
+        }
     }
 
     /// What proves who we are.
     pub fn evidence(&self) -> Evidence {
+        if let Some(file) = &self.ca.token_file {
+            return Evidence::ServiceAccountToken(file.clone());
+        }
         let inline = self.ca.join_token.clone().map(JoinToken::Inline);
         let file = || self.ca.join_token_file.clone().map(JoinToken::File);
         Evidence::JoinToken(inline.or_else(file))
@@ -545,7 +601,7 @@ impl Config {
 
     /// How the destination of a call is known.
     pub fn destination(&self) -> Destination {
-        Destination::Authority
+        self.destination
     }
 
     /// The configuration as YAML with every default, secrets redacted.
@@ -568,9 +624,10 @@ impl Config {
 
     fn resolve_paths(&mut self, folder: &Path) {
         let paths = [
-            Some(&mut self.resources),
+            self.resources.as_mut(),
             Some(&mut self.ca.root),
             self.ca.join_token_file.as_mut(),
+            self.ca.token_file.as_mut(),
             self.log.path.as_mut(),
             self.state.as_mut(),
         ];
@@ -608,10 +665,7 @@ impl Config {
 
     fn check_ca(&self, faults: &mut Vec<Fault>) {
         let ca = &self.ca;
-        let port = ca.address.rsplit_once(':').and_then(|(host, port)| {
-            (!host.is_empty()).then(|| port.parse::<u16>().ok().filter(|port| *port != 0))?
-        });
-        if port.is_none() {
+        if !is_host_port(&ca.address) {
             let message = format!("`{}` is not HOST:PORT", ca.address);
             fault(
                 faults,
@@ -627,7 +681,7 @@ impl Config {
                 "there is a `joinToken` as well",
                 "keep one of the two",
             ),
-            (None, None) if self.state.is_none() => fault(
+            (None, None) if self.state.is_none() && ca.token_file.is_none() => fault(
                 faults,
                 "ca",
                 "nothing proves who this workload is",
@@ -716,8 +770,11 @@ impl Config {
         let listeners = self.listeners();
         for (i, port) in self.ports.iter().enumerate() {
             let field = format!("ports.{i}.address");
-            if port.address.port() == 0 || port.address.ip().is_unspecified() {
-                let message = format!("nobody can be called at {}", port.address);
+            let Some(address) = port.address else {
+                continue;
+            };
+            if address.port() == 0 || address.ip().is_unspecified() {
+                let message = format!("nobody can be called at {address}");
                 fault(
                     faults,
                     &field,
@@ -725,8 +782,8 @@ impl Config {
                     "write the application's address and port",
                 );
             }
-            if let Some((own, _)) = listeners.iter().find(|(_, a)| overlap(*a, port.address)) {
-                let message = format!("{} is this sidecar's own `{own}`", port.address);
+            if let Some((own, _)) = listeners.iter().find(|(_, a)| overlap(*a, address)) {
+                let message = format!("{address} is this sidecar's own `{own}`");
                 fault(
                     faults,
                     &field,
@@ -751,7 +808,8 @@ impl Config {
                 "keep it below `drainTimeout`",
             );
         }
-        if self.resources.as_os_str().is_empty() {
+        let folder = self.resources.as_deref();
+        if folder.is_some_and(|folder| folder.as_os_str().is_empty()) {
             fault(
                 faults,
                 "resources",
@@ -819,6 +877,14 @@ fn fault(faults: &mut Vec<Fault>, field: &str, message: impl fmt::Display, help:
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
     let any = a.ip().is_unspecified() || b.ip().is_unspecified();
     a.port() != 0 && a.port() == b.port() && (any || a.ip() == b.ip())
+}
+
+/// Whether this names a host and a port.
+fn is_host_port(address: &str) -> bool {
+    let port = address.rsplit_once(':').and_then(|(host, port)| {
+        (!host.is_empty()).then(|| port.parse::<u16>().ok().filter(|port| *port != 0))?
+    });
+    port.is_some()
 }
 
 /// Whether this is a DNS label, as Kubernetes names namespaces, services and ports.

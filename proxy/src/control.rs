@@ -4,6 +4,7 @@
 //! sidecar, since a renewal or a policy change that silently stops is worse than a restart.
 
 use std::net::TcpListener as StdListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
@@ -173,7 +174,10 @@ impl Control {
 
     fn source(&self) -> FolderSource {
         let shared = &self.shared;
-        let Source::Folder(path) = shared.config.source();
+        let path = match shared.config.source() {
+            Source::Folder(path) => path,
+            Source::Controller(_) => PathBuf::new(),
+        };
         let folder = Folder::new(path, &shared.config.limits, Arc::clone(&shared.clock));
         FolderSource::new(
             folder,

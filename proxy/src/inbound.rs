@@ -102,9 +102,12 @@ impl Inbound {
             Some(number) => ports.iter().find(|port| port.port == number),
             None => ports.first().filter(|_| ports.len() == 1),
         };
-        found.map(|port| Target {
-            port: port.port,
-            address: port.address,
+        found.and_then(|port| {
+            let address = port.address?;
+            Some(Target {
+                port: port.port,
+                address,
+            })
         })
     }
 }

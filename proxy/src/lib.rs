@@ -10,6 +10,7 @@ pub mod call;
 pub mod config;
 pub mod connections;
 mod control;
+pub mod destinations;
 pub mod detect;
 pub mod diagnostics;
 pub mod drain;

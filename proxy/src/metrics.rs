@@ -39,6 +39,10 @@ pub struct Metrics {
     pub renewals_ok: Counter,
     /// Renewals that failed; the SVID before stays in use.
     pub renewals_failed: Counter,
+    /// Destinations that the controller is asked about now.
+    pub destinations: Gauge,
+    /// Whether the controller's stream is open: 1 or 0.
+    pub controller_connected: Gauge,
     certificate_not_after: process::Moment,
     connections: Family<ConnectionLabels, Gauge>,
     handshake_failures: Family<HandshakeLabels, Counter>,
@@ -85,6 +89,8 @@ impl Metrics {
             snapshot_rejections: Counter::default(),
             renewals_ok: renewal("ok"),
             renewals_failed: renewal("failed"),
+            destinations: Gauge::default(),
+            controller_connected: Gauge::default(),
             certificate_not_after: process::Moment::default(),
             connections: Family::default(),
             handshake_failures: Family::default(),
@@ -147,6 +153,16 @@ impl Metrics {
             "sidegate_access_log_write_failures",
             "Attempts to write the access log that failed",
             self.access_log_write_failures.clone(),
+        );
+        registry.register(
+            "sidegate_destinations",
+            "Destinations that the controller is asked about now",
+            self.destinations.clone(),
+        );
+        registry.register(
+            "sidegate_controller_connected",
+            "Whether the stream to the controller is open, 1 or 0",
+            self.controller_connected.clone(),
         );
         registry.register(
             "sidegate_limit_refusals",

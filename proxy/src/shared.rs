@@ -11,6 +11,7 @@ use crate::access_log;
 use crate::balance::Services;
 use crate::config::Config;
 use crate::connections::Connections;
+use crate::destinations::Destinations;
 use crate::drain::Drain;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
@@ -40,6 +41,8 @@ pub struct Shared {
     pub connections: Connections,
     /// What is known of the services that are called.
     pub services: Services,
+    /// Whose addresses are whose; only where calls are known by the address that they were made to.
+    pub destinations: Option<Arc<Destinations>>,
 }
 
 impl std::fmt::Debug for Shared {

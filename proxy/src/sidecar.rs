@@ -18,9 +18,10 @@ use tracing::{error, info};
 
 use crate::access_log;
 use crate::balance::Services;
-use crate::config::{Config, ConfigError, Evidence, JoinToken};
+use crate::config::{Config, ConfigError, Destination, Evidence, Fault, JoinToken, Source};
 use crate::connections::Connections;
 use crate::control::{Control, ControlError};
+use crate::destinations::Destinations;
 use crate::drain::Drain;
 use crate::health::{self, Missing};
 use crate::limits::Limits;
@@ -118,8 +119,11 @@ impl Sidecar {
             write_failures: metrics.access_log_write_failures.clone(),
         };
         let log = access_log::start(&config.log, counters).map_err(StartError::Log)?;
+        let destinations = (config.destination() == Destination::Original)
+            .then(|| Destinations::new(&config.limits, &metrics, Arc::clone(&clock)));
         let shared = Arc::new(Shared {
             workload,
+            destinations: destinations.map(Arc::new),
             state: State::new(),
             credentials: CredentialStore::new(
                 VerifyLimits::default(),
@@ -318,7 +322,14 @@ impl Drop for Alarm {
 }
 
 fn check(config: &Config) -> Result<(), ConfigError> {
-    let faults = config.check();
+    let mut faults = config.check();
+    if matches!(config.source(), Source::Controller(_)) && config.pod.is_none() {
+        faults.push(Fault {
+            field: "pod".to_owned(),
+            message: "the controller wants to know which pod this is".to_owned(),
+            help: "start it where POD_NAME, POD_UID and POD_IPS are set".to_owned(),
+        });
+    }
     if faults.is_empty() {
         return Ok(());
     }
@@ -340,6 +351,9 @@ fn evidence(config: &Config) -> Result<sidegate_mtls::Evidence, StartError> {
     let token =
         |text: &str| sidegate_mtls::Evidence::JoinToken(sidegate_mtls::JoinToken::new(text));
     match config.evidence() {
+        Evidence::ServiceAccountToken(path) => {
+            Ok(sidegate_mtls::Evidence::ServiceAccountToken(path))
+        }
         Evidence::JoinToken(None) => Ok(sidegate_mtls::Evidence::None),
         Evidence::JoinToken(Some(JoinToken::Inline(secret))) => Ok(token(secret.reveal())),
         Evidence::JoinToken(Some(JoinToken::File(path))) => match std::fs::read_to_string(&path) {

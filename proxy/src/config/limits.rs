@@ -76,6 +76,15 @@ pub struct LimitsConfig {
     /// Time after which the series of a peer that was not seen any more are removed.
     #[serde(with = "humantime_serde")]
     pub metric_series_idle_timeout: Duration,
+    /// Destinations that the controller is asked about at a time.
+    pub destinations_max: u32,
+    /// Time after which a destination that nobody called any more is forgotten.
+    #[serde(with = "humantime_serde")]
+    pub destination_idle_timeout: Duration,
+    /// Resources that the controller may send.
+    pub resources_max: u32,
+    /// Probes and lifecycle hooks that are carried out at a time.
+    pub probes_max: u32,
     /// Files in the resources folder.
     pub resource_files_max: u32,
     /// Bytes of one resource file.
@@ -118,6 +127,10 @@ impl Default for LimitsConfig {
             health_connections_max: 64,
             metric_series_max: 20_000,
             metric_series_idle_timeout: Duration::from_mins(15),
+            destinations_max: 4_096,
+            destination_idle_timeout: Duration::from_mins(5),
+            resources_max: 10_000,
+            probes_max: 64,
             resource_files_max: 4_096,
             resource_file_bytes_max: 4 * 1024 * 1024,
             resources_settle_time: Duration::from_millis(150),
@@ -189,7 +202,7 @@ impl LimitsConfig {
         }
     }
 
-    fn counts(&self) -> [(&'static str, u32); 18] {
+    fn counts(&self) -> [(&'static str, u32); 21] {
         [
             ("inboundConnectionsMax", self.inbound_connections_max),
             (
@@ -215,13 +228,16 @@ impl LimitsConfig {
             ("adminConnectionsMax", self.admin_connections_max),
             ("healthConnectionsMax", self.health_connections_max),
             ("metricSeriesMax", self.metric_series_max),
+            ("destinationsMax", self.destinations_max),
+            ("resourcesMax", self.resources_max),
+            ("probesMax", self.probes_max),
             ("resourceFilesMax", self.resource_files_max),
             ("resourceFileBytesMax", self.resource_file_bytes_max),
             ("headBytesMax", self.head_bytes_max),
         ]
     }
 
-    fn times(&self) -> [(&'static str, Duration); 10] {
+    fn times(&self) -> [(&'static str, Duration); 11] {
         [
             ("handshakeTimeout", self.handshake_timeout),
             ("connectTimeout", self.connect_timeout),
@@ -232,6 +248,7 @@ impl LimitsConfig {
             ("requestBodyIdleTimeout", self.request_body_idle_timeout),
             ("streamIdleTimeout", self.stream_idle_timeout),
             ("metricSeriesIdleTimeout", self.metric_series_idle_timeout),
+            ("destinationIdleTimeout", self.destination_idle_timeout),
             ("resourcesRereadInterval", self.resources_reread_interval),
         ]
     }

@@ -286,7 +286,7 @@ fn relative_paths_are_relative_to_the_file() {
     let file = folder.path().join("orders.yaml");
     std::fs::write(&file, COMPLETE).unwrap();
     let config = Config::from_file(&file).unwrap();
-    assert_eq!(config.resources, folder.path().join("resources"));
+    assert_eq!(config.resources, Some(folder.path().join("resources")));
     assert_eq!(config.ca.root, folder.path().join("ca/root.pem"));
     assert_eq!(
         config.log.path,
@@ -323,6 +323,7 @@ resources: resources
         .workload
         .labels
         .clone_from(&reference.workload.labels);
+    smallest.workload.enforcement = reference.workload.enforcement;
     smallest.ports.clone_from(&reference.ports);
     smallest.upstreams.clone_from(&reference.upstreams);
     smallest.state.clone_from(&reference.state);

@@ -327,6 +327,7 @@ fn shared(
         log,
         drain: Drain::new(Arc::clone(&clock)),
         services: Services::new(Arc::clone(&clock)),
+        destinations: None,
         clock,
         connections: Connections::new(),
         config: Arc::new(config),

@@ -417,6 +417,7 @@ impl Web {
             log: Handle::collecting(collector),
             drain: Drain::new(Arc::clone(&clock)),
             services: Services::new(Arc::clone(&clock)),
+            destinations: None,
             connections: Connections::new(),
             workload: Arc::new(workload),
             config: Arc::new(config),

@@ -1,0 +1,336 @@
+//! Whose address is whose: what the controller says of the destinations that the application calls.
+//!
+//! A destination is subscribed to when it is called for the first time, and no longer once nobody
+//! has called it for a while, so that memory follows what the application really does.
+//!
+//! Invariants: an address is meshed or external only by the controller's positive word, and what
+//! was said stays in force while the controller is gone; a wait for its word ends after a second;
+//! the number of destinations is bounded, and what exceeds the bound is counted.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwapOption;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use sidegate_mesh::{Clock, Route, ServiceName, Traffic};
+use tokio::sync::{Notify, watch};
+
+use crate::config::LimitsConfig;
+use crate::metrics::Metrics;
+
+/// Longest wait for the controller's word.
+const WAIT_MAX: Duration = Duration::from_secs(1);
+/// A destination that was called within this time makes no room for another one.
+const KEPT_MIN: Duration = Duration::from_secs(10);
+
+/// What a destination is.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// A service of the mesh, or one pod of it: called over mutual TLS, or not at all.
+    Meshed(Arc<Route>),
+    /// Not the mesh's: bytes pass as they are.
+    External {
+        /// Whether the namespace forbids such calls.
+        refused: bool,
+    },
+}
+
+/// Nobody knows whose address it is: no controller answered in time, the controller does not know
+/// either, or there is no room for another destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the destination is unknown")]
+pub struct DestinationUnknown;
+
+/// The controller's word about one destination.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// It is known.
+    Known(Destination),
+    /// It is not known, or not yet.
+    Unknown,
+}
+
+/// What the stream to the controller has to say next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Change {
+    /// This destination is called.
+    Subscribe(SocketAddr),
+    /// This one is not called any more.
+    Unsubscribe(SocketAddr),
+}
+
+/// Every destination of one sidecar. All workers share it.
+pub struct Destinations {
+    table: Mutex<Table>,
+    changed: Notify,
+    zone: ArcSwapOption<Arc<str>>,
+    bounds: Bounds,
+    clock: Arc<dyn Clock>,
+    refused: Counter,
+    known: Gauge,
+}
+
+struct Bounds {
+    destinations: usize,
+    idle: Duration,
+}
+
+#[derive(Default)]
+struct Table {
+    entries: HashMap<SocketAddr, Entry>,
+    /// What the controller has not been told yet: each of these is subscribed to when there is an
+    /// entry for it, and unsubscribed from when there is none.
+    untold: BTreeSet<SocketAddr>,
+}
+
+struct Entry {
+    /// `None`: the controller has said nothing yet.
+    answer: watch::Sender<Option<Answer>>,
+    used: SystemTime,
+    waiting: usize,
+}
+
+impl Destinations {
+    /// Knows no destination yet.
+    pub fn new(limits: &LimitsConfig, metrics: &Metrics, clock: Arc<dyn Clock>) -> Self {
+        Self {
+            table: Mutex::default(),
+            changed: Notify::new(),
+            zone: ArcSwapOption::empty(),
+            bounds: Bounds {
+                destinations: limits.destinations_max as usize,
+                idle: limits.destination_idle_timeout,
+            },
+            clock,
+            refused: metrics.limit_refusals("destinationsMax"),
+            known: metrics.destinations.clone(),
+        }
+    }
+
+    /// What `original` is, the address that the application connected to. Subscribes on first use,
+    /// and waits up to a second for the controller's word.
+    ///
+    /// # Errors
+    ///
+    /// [`DestinationUnknown`] when there is no such word in time.
+    pub async fn resolve(&self, original: SocketAddr) -> Result<Destination, DestinationUnknown> {
+        if let Some(known) = self.current(original) {
+            return Ok(known);
+        }
+        let waiting = Waiting::begin(self, original).ok_or(DestinationUnknown)?;
+        let mut answers = waiting.answers.clone();
+        let known = async {
+            let known = answers.wait_for(|answer| matches!(answer, Some(Answer::Known(_))));
+            match known.await.as_deref() {
+                Ok(Some(Answer::Known(destination))) => Ok(destination.clone()),
+                // The entry is gone; whoever asks again makes another.
+                _ => Err(DestinationUnknown),
+            }
+        };
+        tokio::select! {
+            biased;
+            known = known => known,
+            () = self.clock.sleep(WAIT_MAX) => Err(DestinationUnknown),
+        }
+    }
+
+    /// What is known of `original` at this moment, without a wait; `None` when that is nothing.
+    pub fn current(&self, original: SocketAddr) -> Option<Destination> {
+        let now = self.clock.now();
+        let mut table = self.table();
+        let entry = table.entries.get_mut(&original)?;
+        entry.used = now;
+        match &*entry.answer.borrow() {
+            Some(Answer::Known(destination)) => Some(destination.clone()),
+            Some(Answer::Unknown) | None => None,
+        }
+    }
+
+    /// The zone that this sidecar runs in, where the controller said one.
+    pub fn zone(&self) -> Option<Arc<str>> {
+        self.zone.load().as_deref().cloned()
+    }
+
+    /// The zone that this sidecar runs in.
+    pub(crate) fn set_zone(&self, zone: Option<Arc<str>>) {
+        self.zone.store(zone.map(Arc::new));
+    }
+
+    /// The controller's word about `original`. Nothing when nobody calls it any more.
+    pub fn update(&self, original: SocketAddr, answer: Answer) {
+        if let Some(entry) = self.table().entries.get(&original) {
+            entry.answer.send_replace(Some(answer));
+        }
+    }
+
+    /// Gives each meshed destination the traffic policy that `traffic` finds for its service.
+    pub(crate) fn set_traffic(&self, traffic: impl Fn(&ServiceName) -> Arc<Traffic>) {
+        for entry in self.table().entries.values() {
+            entry.answer.send_if_modified(|answer| {
+                let Some(Answer::Known(Destination::Meshed(route))) = answer else {
+                    return false;
+                };
+                let traffic = traffic(&route.name);
+                let same = traffic == route.traffic;
+                if !same {
+                    *route = Arc::new(Route {
+                        traffic,
+                        ..Route::clone(route)
+                    });
+                }
+                !same
+            });
+        }
+    }
+
+    /// Waits for something that the controller has to be told, and takes it.
+    pub(crate) async fn next_change(&self) -> Change {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(change) = self.table().next_change() {
+                return change;
+            }
+            changed.await;
+        }
+    }
+
+    /// Begins anew with a controller that knows of no subscription: all are to be told.
+    pub(crate) fn forget_told(&self) {
+        let mut table = self.table();
+        table.untold = table.entries.keys().copied().collect();
+        drop(table);
+        self.changed.notify_one();
+    }
+
+    /// Every destination, for whoever must know which ones a controller still has to answer.
+    pub(crate) fn all(&self) -> BTreeSet<SocketAddr> {
+        self.table().entries.keys().copied().collect()
+    }
+
+    /// Every destination with what is known of it, by address.
+    pub(crate) fn list(&self) -> Vec<(SocketAddr, Option<Answer>)> {
+        let table = self.table();
+        let entry = |(at, entry): (&SocketAddr, &Entry)| (*at, entry.answer.borrow().clone());
+        let mut list: Vec<_> = table.entries.iter().map(entry).collect();
+        list.sort_by_key(|(at, _)| *at);
+        list
+    }
+
+    /// Forgets what nobody has called for the idle time. Called in even intervals.
+    pub(crate) fn sweep(&self) {
+        let now = self.clock.now();
+        let mut table = self.table();
+        let idle: Vec<SocketAddr> = table
+            .entries
+            .iter()
+            .filter(|(_, entry)| entry.is_unused(now, self.bounds.idle))
+            .map(|(at, _)| *at)
+            .collect();
+        for at in idle {
+            self.remove(&mut table, at);
+        }
+    }
+
+    /// Makes an entry where there is none; false when there is no room.
+    fn enter(&self, table: &mut Table, at: SocketAddr) -> bool {
+        if table.entries.contains_key(&at) {
+            return true;
+        }
+        let now = self.clock.now();
+        if table.entries.len() >= self.bounds.destinations {
+            let oldest = table.entries.iter().min_by_key(|(_, entry)| entry.used);
+            let oldest = oldest.filter(|(_, entry)| entry.is_unused(now, KEPT_MIN));
+            let Some(oldest) = oldest.map(|(at, _)| *at) else {
+                self.refused.inc();
+                return false;
+            };
+            self.remove(table, oldest);
+        }
+        let entry = Entry {
+            answer: watch::Sender::new(None),
+            used: now,
+            waiting: 0,
+        };
+        table.entries.insert(at, entry);
+        self.tell(table, at);
+        true
+    }
+
+    fn remove(&self, table: &mut Table, at: SocketAddr) {
+        table.entries.remove(&at);
+        self.tell(table, at);
+    }
+
+    fn tell(&self, table: &mut Table, at: SocketAddr) {
+        // Told twice or not at all is the same to the controller: what counts is the last word.
+        table.untold.insert(at);
+        self.known
+            .set(i64::try_from(table.entries.len()).unwrap_or(i64::MAX));
+        self.changed.notify_one();
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn next_change(&mut self) -> Option<Change> {
+        let at = self.untold.pop_first()?;
+        Some(if self.entries.contains_key(&at) {
+            Change::Subscribe(at)
+        } else {
+            Change::Unsubscribe(at)
+        })
+    }
+}
+
+impl Entry {
+    fn is_unused(&self, now: SystemTime, idle: Duration) -> bool {
+        let since = now.duration_since(self.used).unwrap_or_default();
+        self.waiting == 0 && since >= idle
+    }
+}
+
+/// Somebody who waits for the controller's word; what he waits for is not forgotten.
+struct Waiting<'a> {
+    destinations: &'a Destinations,
+    at: SocketAddr,
+    answers: watch::Receiver<Option<Answer>>,
+}
+
+impl<'a> Waiting<'a> {
+    /// `None` when there is no room for another destination.
+    fn begin(destinations: &'a Destinations, at: SocketAddr) -> Option<Self> {
+        let mut table = destinations.table();
+        if !destinations.enter(&mut table, at) {
+            return None;
+        }
+        let entry = table.entries.get_mut(&at)?;
+        entry.waiting += 1;
+        Some(Self {
+            destinations,
+            at,
+            answers: entry.answer.subscribe(),
+        })
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(entry) = self.destinations.table().entries.get_mut(&self.at) {
+            entry.waiting = entry.waiting.saturating_sub(1);
+        }
+    }
+}
+
+impl std::fmt::Debug for Destinations {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Destinations")
+            .field("known", &self.table().entries.len())
+            .finish_non_exhaustive()
+    }
+}
