@@ -5,6 +5,8 @@
 mod authz;
 mod certs;
 mod demo;
+#[expect(dead_code, reason = "the commands on it follow")]
+mod kube;
 mod logs;
 mod output;
 mod top;
