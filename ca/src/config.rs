@@ -2,6 +2,21 @@
 //!
 //! Invariant: a [`Config`] that [`Config::load`] returns has been checked; an unknown field or an
 //! impossible value is an error that names the file. It holds no secret, so it may be printed.
+//!
+//! Standalone, `stateDir` is all that must be said. In a cluster:
+//!
+//! ```yaml
+//! trustDomain: cluster.local
+//! stateDir: /var/lib/sidegate/ca        # a folder below the volume, made here with mode 0700
+//! address: "[::]:19010"
+//! metricsAddress: "[::]:19011"
+//! limits: { issuancesPerIdentityPerMinute: 1200 }
+//! kubernetes:
+//!   namespace: sidegate-system
+//!   secret: sidegate-ca
+//!   bundleConfigMap: sidegate-bundle
+//!   tokenAudience: sidegate-ca
+//! ```
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -54,6 +69,48 @@ pub struct Config {
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
+    /// Present in a cluster: keys are in a Secret that all replicas share, and only the token of a
+    /// live pod is evidence. Absent: standalone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kubernetes: Option<Kubernetes>,
+}
+
+/// The CA's surroundings in a cluster. `{}` is all of the defaults.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub struct Kubernetes {
+    /// Where the Secret is, and the bundle that says that an installation has begun.
+    pub namespace: String,
+    /// The Secret that holds the keys. The CA makes it; nobody else reads it.
+    pub secret: String,
+    /// The ConfigMap, in each labelled namespace and in `namespace`, that sidecars start their
+    /// trust with; its only key is `root.pem`.
+    pub bundle_config_map: String,
+    /// The audience that a service account token must be made for.
+    pub token_audience: String,
+    /// The cluster's DNS domain, for the names of the control plane's webhooks.
+    pub cluster_domain: String,
+    /// Whether a token is refused from an address that is none of its pod's. Say `false` only
+    /// where the network hides the addresses of pods from one another.
+    pub check_source_address: bool,
+    /// How often the Secret is read for what another replica has changed: a revocation is in
+    /// effect everywhere after this and a moment.
+    #[serde(with = "humantime_serde")]
+    pub refresh_interval: Duration,
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        Self {
+            namespace: "sidegate-system".to_owned(),
+            secret: "sidegate-ca".to_owned(),
+            bundle_config_map: "sidegate-bundle".to_owned(),
+            token_audience: "sidegate-ca".to_owned(),
+            cluster_domain: "cluster.local".to_owned(),
+            check_source_address: true,
+            refresh_interval: Duration::from_secs(2),
+        }
+    }
 }
 
 /// Every bound of the CA.
@@ -62,8 +119,16 @@ pub struct Config {
 pub struct Limits {
     /// Certificates for one identity a minute.
     pub issuances_per_identity_per_minute: u32,
+    /// In a cluster: certificates for one pod a minute.
+    pub issuances_per_pod_per_minute: u32,
     /// Certificates for all identities together a minute.
     pub issuances_per_minute: u32,
+    /// In a cluster: tokens from one address a minute. What they prove is not known yet.
+    pub tokens_per_address_per_minute: u32,
+    /// In a cluster: tokens that are reviewed at once.
+    pub reviews_max: usize,
+    /// In a cluster: tokens that wait for their review.
+    pub reviews_waiting_max: usize,
     /// Connections served at once. Callers without a certificate get at most half of them.
     pub connections_max: usize,
     /// TLS handshakes in flight.
@@ -94,7 +159,11 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             issuances_per_identity_per_minute: 120,
+            issuances_per_pod_per_minute: 30,
             issuances_per_minute: 6_000,
+            tokens_per_address_per_minute: 600,
+            reviews_max: 32,
+            reviews_waiting_max: 1_024,
             connections_max: 4_096,
             handshakes_max: 128,
             handshake_timeout: Duration::from_secs(5),
@@ -153,6 +222,7 @@ impl Config {
             token_lifetime: default_token_lifetime(),
             allow_short_leaf_lifetime: false,
             limits: Limits::default(),
+            kubernetes: None,
         }
     }
 
@@ -191,6 +261,9 @@ impl Config {
     /// [`ConfigError::Value`] for the first impossible one.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.check_lifetimes()?;
+        if let Some(kubernetes) = &self.kubernetes {
+            kubernetes.check()?;
+        }
         if self.admin_socket().as_os_str().len() > SOCKET_PATH_BYTES_MAX {
             return Err(ConfigError::Value {
                 field: "adminSocket",
@@ -206,6 +279,19 @@ impl Config {
             (
                 "limits.issuancesPerMinute",
                 self.limits.issuances_per_minute > 0,
+            ),
+            (
+                "limits.issuancesPerPodPerMinute",
+                self.limits.issuances_per_pod_per_minute > 0,
+            ),
+            (
+                "limits.tokensPerAddressPerMinute",
+                self.limits.tokens_per_address_per_minute > 0,
+            ),
+            ("limits.reviewsMax", self.limits.reviews_max > 0),
+            (
+                "limits.reviewsWaitingMax",
+                self.limits.reviews_waiting_max > 0,
             ),
             ("limits.connectionsMax", self.limits.connections_max >= 2),
             ("limits.handshakesMax", self.limits.handshakes_max > 0),
@@ -258,6 +344,53 @@ impl Config {
         }
         Ok(())
     }
+}
+
+impl Kubernetes {
+    fn check(&self) -> Result<(), ConfigError> {
+        let names = [
+            ("kubernetes.namespace", &self.namespace),
+            ("kubernetes.secret", &self.secret),
+            ("kubernetes.bundleConfigMap", &self.bundle_config_map),
+            ("kubernetes.clusterDomain", &self.cluster_domain),
+        ];
+        if let Some((field, name)) = names.into_iter().find(|(_, name)| !is_object_name(name)) {
+            return Err(ConfigError::Value {
+                field,
+                problem: format!("{name:?} is not a name that Kubernetes knows"),
+                help: "write lower-case letters, digits, `-` and `.`, or leave it out",
+            });
+        }
+        if self.token_audience.is_empty() {
+            return Err(ConfigError::Value {
+                field: "kubernetes.tokenAudience",
+                problem: "it is empty".to_owned(),
+                help: "without an audience of its own any token would do; sidegate-ca is the \
+                       default",
+            });
+        }
+        let interval = Duration::from_millis(100)..=Duration::from_secs(5);
+        if !interval.contains(&self.refresh_interval) {
+            return Err(ConfigError::Value {
+                field: "kubernetes.refreshInterval",
+                problem: format!("{:?} is not between 100ms and 5s", self.refresh_interval),
+                help: "2s is the default; a revocation has to be in effect within 10s",
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A DNS subdomain as RFC 1123 has it: what most objects are named by.
+fn is_object_name(name: &str) -> bool {
+    let part = |part: &str| {
+        let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        !part.is_empty()
+            && part.chars().all(|c| alphanumeric(c) || c == '-')
+            && !part.starts_with('-')
+            && !part.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(part)
 }
 
 fn default_trust_domain() -> TrustDomain {
@@ -324,6 +457,26 @@ mod tests {
     }
 
     #[test]
+    fn a_cluster_needs_no_more_than_a_word() {
+        let config = load("stateDir: state\nkubernetes: {}\n").unwrap();
+        let kubernetes = config.kubernetes.unwrap();
+        assert_eq!(kubernetes.secret, "sidegate-ca");
+        assert!(kubernetes.check_source_address);
+        assert!(load("stateDir: state\n").unwrap().kubernetes.is_none());
+    }
+
+    #[test]
+    fn the_example_for_a_cluster_is_read() {
+        let source = include_str!("config.rs");
+        let example = source.split("//! ```yaml\n").nth(1).unwrap();
+        let example = example.split("//! ```").next().unwrap();
+        let example = example.replace("//! ", "");
+        let config = load(&example).unwrap();
+        assert!(config.address.ip().is_unspecified(), "{example}");
+        assert_eq!(config.kubernetes.unwrap().namespace, "sidegate-system");
+    }
+
+    #[test]
     fn an_unknown_field_is_refused_with_its_place() {
         check_refused(
             "stateDir: state\nleafLifetme: 1h\n",
@@ -345,5 +498,14 @@ mod tests {
             "connections",
         );
         check_refused(&format!("stateDir: {}\n", "x".repeat(120)), "adminSocket");
+        for (wrong, field) in [
+            ("{ secret: Keys }", "kubernetes.secret"),
+            ("{ namespace: a..b }", "kubernetes.namespace"),
+            ("{ tokenAudience: '' }", "kubernetes.tokenAudience"),
+            ("{ refreshInterval: 6s }", "kubernetes.refreshInterval"),
+            ("{ webhook: x }", "webhook"),
+        ] {
+            check_refused(&format!("stateDir: s\nkubernetes: {wrong}\n"), field);
+        }
     }
 }
