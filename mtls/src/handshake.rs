@@ -133,6 +133,64 @@ impl HandshakeError {
     }
 }
 
+/// What the first bytes of a TLS connection say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hello {
+    /// More bytes are needed.
+    Incomplete,
+    /// A sidecar: it offers [`ALPN`].
+    Mesh,
+    /// Anybody else, whose TLS is not ours to end.
+    Foreign,
+}
+
+/// Reads the begin of a connection, up to the end of its `ClientHello`. Nothing of it is verified:
+/// it only says for whom the connection is meant.
+#[derive(Default)]
+pub struct HelloReader {
+    acceptor: rustls::server::Acceptor,
+    read: usize,
+}
+
+impl HelloReader {
+    /// Longest begin of a connection that is worth waiting for: no sidecar's is longer.
+    pub const BYTES_MAX: usize = 16 * 1024;
+
+    /// What is known after these further bytes.
+    pub fn read(&mut self, bytes: &[u8]) -> Hello {
+        self.read += bytes.len();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            if !matches!(self.acceptor.read_tls(&mut rest), Ok(1..)) {
+                return Hello::Foreign;
+            }
+            match self.acceptor.accept() {
+                Ok(None) => {}
+                Ok(Some(hello)) => {
+                    let hello = hello.client_hello();
+                    let mut offers = hello.alpn().into_iter().flatten();
+                    let mesh = offers.any(|offer| offer == ALPN);
+                    return if mesh { Hello::Mesh } else { Hello::Foreign };
+                }
+                Err(_) => return Hello::Foreign,
+            }
+        }
+        if self.read < Self::BYTES_MAX {
+            Hello::Incomplete
+        } else {
+            Hello::Foreign
+        }
+    }
+}
+
+impl fmt::Debug for HelloReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HelloReader")
+            .field("read", &self.read)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What kind of peers an [`Acceptor`] lets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsProfile {

@@ -16,8 +16,8 @@ pub use clock::SystemClock;
 pub use credentials::{CredentialStore, Credentials, PublishError};
 pub use csr::WorkloadKey;
 pub use handshake::{
-    ALPN, ALPN_H2, Acceptor, Connector, HandshakeError, Peer, PeerCheck, TlsProfile,
-    server_config_optional_client,
+    ALPN, ALPN_H2, Acceptor, Connector, HandshakeError, Hello, HelloReader, Peer, PeerCheck,
+    TlsProfile, server_config_optional_client,
 };
 pub use identity::{
     IdentityConfig, IdentityError, IdentityStatus, RenewalPolicy, StatusSnapshot, WorkloadIdentity,
