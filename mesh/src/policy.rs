@@ -64,6 +64,8 @@ pub mod reason {
     pub const BROKEN: &str = "a policy that does not compile denies";
     /// Opaque bytes on a port that http or grpc policies cover.
     pub const OPAQUE: &str = "the port carries no opaque bytes";
+    /// A caller without an identity, on a port that is not listed for such.
+    pub const NO_IDENTITY: &str = "plaintext refused";
 }
 
 /// Who calls.
@@ -155,6 +157,35 @@ impl Policy {
         self.decide(&found, matches!(ask, Ask::Opaque) && !tables.carries_opaque)
     }
 
+    /// Decides a call without an identity to a port that is not listed for such: no policy can
+    /// allow it. A workload that audits serves it where it would serve any other caller.
+    pub fn without_identity(&self, port: u16, ask: &Ask<'_>) -> Decision {
+        let decision = self.authorize(Caller::Unauthenticated, port, ask);
+        if decision.reason == reason::OPAQUE {
+            return decision;
+        }
+        Decision {
+            verdict: self.refusal(),
+            policy: None,
+            rule: None,
+            reason: reason::NO_IDENTITY,
+            audit: decision.audit,
+        }
+    }
+
+    /// Whether refusals refuse, or are only logged.
+    pub fn enforcement(&self) -> Enforcement {
+        self.enforcement
+    }
+
+    /// What a refusal comes to in this workload.
+    fn refusal(&self) -> Verdict {
+        match self.enforcement {
+            Enforcement::Enforce => Verdict::Deny,
+            Enforcement::Audit => Verdict::WouldDeny,
+        }
+    }
+
     /// Whether opaque bytes may enter the workload's own port `port` at all. False on a port that
     /// a policy names for http or grpc; then a connection that is not HTTP is refused.
     pub fn carries_opaque(&self, port: u16) -> bool {
@@ -209,10 +240,7 @@ impl Policy {
             (None, None, reason::NO_RULE)
         };
         Decision {
-            verdict: match self.enforcement {
-                Enforcement::Enforce => Verdict::Deny,
-                Enforcement::Audit => Verdict::WouldDeny,
-            },
+            verdict: self.refusal(),
             policy: policy.map(Arc::clone),
             rule: rule.map(Arc::clone),
             reason,
