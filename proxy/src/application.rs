@@ -98,11 +98,7 @@ impl Application {
             clock: Arc::clone(&shared.clock),
             tasks: TaskTracker::new(),
         };
-        let guard = GuardLimits {
-            head_bytes_max: usize::try_from(limits.head_bytes_max).unwrap_or(usize::MAX),
-            headers_max: usize::try_from(limits.headers_max).unwrap_or(usize::MAX),
-            head_timeout: limits.head_timeout,
-        };
+        let guard = GuardLimits::from(limits);
         let wire = wire_limits(shared);
         Self {
             http1: http1::Pool::new(dialer.clone(), guard),

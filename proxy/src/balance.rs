@@ -3,7 +3,8 @@
 //! The better of two random endpoints by a peak-sensitive moving average of the time to a response's
 //! head, weighed by what is under way there. An endpoint that could not be reached is left for a
 //! while that doubles; one that fails several times in a row is ejected as its service's
-//! `outlierEjection` says.
+//! `outlierEjection` says. One that is about to end is left to the calls that it has. Where the
+//! service asks for it, endpoints of our own zone come first for as long as most of them are well.
 //!
 //! Invariants: what is known of an endpoint is keyed by its address and identity, never by its place
 //! in a list, and survives a new snapshot; it is one value for all workers; leaving endpoints alone
@@ -21,6 +22,10 @@ use crate::retry::Budget;
 
 /// Services whose state is kept though nobody calls them at the moment.
 const SERVICES_KEPT_MAX: usize = 1024;
+
+/// Lists of endpoints that are remembered of one service: all of it, and single ones of its pods
+/// that are called by their address.
+const LISTS_KEPT_MAX: usize = 8;
 
 /// What an endpoint that has not answered yet is assumed to take while it is being tried.
 const LATENCY_DEFAULT: f64 = 0.03;
@@ -46,14 +51,15 @@ impl Services {
         }
     }
 
-    /// What is known of `route`'s service, with `route`'s endpoints.
-    pub fn target(&self, route: Arc<Route>) -> Target {
+    /// What is known of `route`'s service, with `route`'s endpoints; those of `zone` come first.
+    pub fn target(&self, route: Arc<Route>, zone: Option<Arc<str>>) -> Target {
         let service = self.service(&route.service);
         let endpoints = service.endpoints(&route);
         Target {
             route,
             service,
             endpoints,
+            zone,
             clock: Arc::clone(&self.clock),
         }
     }
@@ -85,7 +91,8 @@ impl std::fmt::Debug for Services {
 pub struct Service {
     /// What its retries may use.
     pub budget: Budget,
-    endpoints: Mutex<Option<Aligned>>,
+    /// The latest first.
+    endpoints: Mutex<Vec<Aligned>>,
 }
 
 /// States in the order of a route's endpoints.
@@ -99,29 +106,31 @@ impl Service {
     /// The states of `route`'s endpoints, in their order; those that were known stay as they are.
     fn endpoints(&self, route: &Route) -> Arc<[Arc<EndpointState>]> {
         let mut known = lock(&self.endpoints);
-        if let Some(aligned) = known.as_ref()
-            && Arc::ptr_eq(&aligned.endpoints, &route.endpoints)
-        {
+        let same = |aligned: &&Aligned| Arc::ptr_eq(&aligned.endpoints, &route.endpoints);
+        if let Some(aligned) = known.iter().find(same) {
             return Arc::clone(&aligned.states);
         }
-        let old = known.take();
         let state = |endpoint: &Endpoint| {
-            let pairs = old
+            let mut pairs = known
                 .iter()
                 .flat_map(|old| old.endpoints.iter().zip(old.states.iter()));
             let same = |(known, _): &(&Endpoint, _)| {
                 known.address == endpoint.address && known.identity == endpoint.identity
             };
-            match pairs.into_iter().find(same) {
+            match pairs.find(same) {
                 Some((_, state)) => Arc::clone(state),
                 None => Arc::new(EndpointState::default()),
             }
         };
         let states: Arc<[_]> = route.endpoints.iter().map(state).collect();
-        *known = Some(Aligned {
-            endpoints: Arc::clone(&route.endpoints),
-            states: Arc::clone(&states),
-        });
+        known.truncate(LISTS_KEPT_MAX - 1);
+        known.insert(
+            0,
+            Aligned {
+                endpoints: Arc::clone(&route.endpoints),
+                states: Arc::clone(&states),
+            },
+        );
         states
     }
 }
@@ -134,25 +143,66 @@ pub struct Target {
     /// What is known of the service.
     pub service: Arc<Service>,
     endpoints: Arc<[Arc<EndpointState>]>,
+    /// The zone whose endpoints come first.
+    zone: Option<Arc<str>>,
     clock: Arc<dyn Clock>,
 }
 
 impl Target {
-    /// The endpoints that a try may go to: those not yet tried and not left alone, or, when there
-    /// are none of these, those not yet tried.
+    /// The endpoints that a try may go to: of those not yet tried the ones that are not left alone
+    /// and not about to end, of our own zone where that has enough; when there are none of these,
+    /// ones that are about to end; and then any.
     pub fn candidates(&self, tried: &[usize]) -> Vec<usize> {
         let now = self.clock.now();
-        let untried = (0..self.endpoints.len()).filter(|index| !tried.contains(index));
+        let untried = || (0..self.endpoints.len()).filter(|index| !tried.contains(index));
         let available = |index: &usize| {
             self.state(*index)
                 .is_some_and(|state| state.is_available(now))
         };
-        let candidates: Vec<usize> = untried.clone().filter(available).collect();
+        let mut candidates: Vec<usize> = untried().filter(available).collect();
+        let lasting = |index: &usize| !self.is_draining(*index);
+        if candidates.iter().any(lasting) {
+            candidates.retain(lasting);
+            self.prefer_zone(&mut candidates);
+        }
         if candidates.is_empty() {
-            untried.collect()
+            untried().collect()
         } else {
             candidates
         }
+    }
+
+    /// Leaves those of our own zone, if at least half of what it has is among `candidates`: a few
+    /// that are left of many must not carry the load of all.
+    fn prefer_zone(&self, candidates: &mut Vec<usize>) {
+        let Some(zone) = &self.zone else { return };
+        let near = |index: &usize| {
+            let endpoint = self.endpoint(*index);
+            endpoint.is_some_and(|endpoint| endpoint.zone.as_ref() == Some(zone))
+        };
+        let lasting = (0..self.endpoints.len()).filter(|index| !self.is_draining(*index));
+        let all = lasting.filter(near).count();
+        let here = candidates.iter().filter(|index| near(index)).count();
+        if here > 0 && here * 2 >= all {
+            candidates.retain(near);
+        }
+    }
+
+    fn is_draining(&self, index: usize) -> bool {
+        self.endpoint(index)
+            .is_some_and(|endpoint| endpoint.draining)
+    }
+
+    /// The places here of the endpoints that `other` has at `places`.
+    pub fn places_of(&self, other: &Self, places: &[usize]) -> Vec<usize> {
+        let place = |index: &usize| {
+            let wanted = other.endpoint(*index)?;
+            let same = |known: &Endpoint| {
+                known.address == wanted.address && known.identity == wanted.identity
+            };
+            self.route.endpoints.iter().position(same)
+        };
+        places.iter().filter_map(place).collect()
     }
 
     /// The better of two random candidates; `None` when there is none.
@@ -403,7 +453,7 @@ mod tests {
     #[test]
     fn an_endpoint_that_could_not_be_reached_is_left_for_a_while_that_doubles() {
         let (services, clock) = services();
-        let target = services.target(orders(2));
+        let target = services.target(orders(2), None);
         assert_eq!(target.candidates(&[]), [0, 1]);
         target.unreachable(0);
         assert_eq!(target.candidates(&[]), [1]);
@@ -427,7 +477,7 @@ mod tests {
     #[test]
     fn when_all_are_left_alone_all_are_tried() {
         let (services, _clock) = services();
-        let target = services.target(orders(2));
+        let target = services.target(orders(2), None);
         target.unreachable(0);
         target.unreachable(1);
         assert_eq!(target.candidates(&[]), [0, 1]);
@@ -438,7 +488,7 @@ mod tests {
     #[test]
     fn an_endpoint_is_ejected_after_failures_one_after_the_other() {
         let (services, clock) = services();
-        let target = services.target(orders(4));
+        let target = services.target(orders(4), None);
         for _ in 0..4 {
             target.answered(2, true);
         }
@@ -456,7 +506,7 @@ mod tests {
     #[test]
     fn no_more_than_the_share_is_ejected() {
         let (services, _clock) = services();
-        let target = services.target(orders(4));
+        let target = services.target(orders(4), None);
         for index in 0..4 {
             for _ in 0..5 {
                 target.failed(index);
@@ -473,16 +523,16 @@ mod tests {
             endpoint(2, "orders"),
             endpoint(3, "orders"),
         ];
-        let first = services.target(route(&[a.clone(), b.clone()], Ejection::default()));
+        let first = services.target(route(&[a.clone(), b.clone()], Ejection::default()), None);
         first.unreachable(1);
-        let second = services.target(route(&[c, b, a], Ejection::default()));
+        let second = services.target(route(&[c, b, a], Ejection::default()), None);
         assert_eq!(
             second.candidates(&[]),
             [0, 2],
             "the second endpoint is now in the middle"
         );
         let renamed = [endpoint(1, "orders"), endpoint(2, "other")];
-        let third = services.target(route(&renamed, Ejection::default()));
+        let third = services.target(route(&renamed, Ejection::default()), None);
         assert_eq!(
             third.candidates(&[]),
             [0, 1],
@@ -493,7 +543,7 @@ mod tests {
     #[test]
     fn the_busy_endpoint_is_avoided() {
         let (services, _clock) = services();
-        let target = services.target(orders(2));
+        let target = services.target(orders(2), None);
         let _load: Vec<_> = (0..10).map(|_| target.begin(0).unwrap()).collect();
         for _ in 0..100 {
             assert_eq!(target.choose(&[0, 1]), Some(1));
@@ -503,7 +553,7 @@ mod tests {
     #[test]
     fn an_unknown_endpoint_is_tried_first_and_by_one_call_at_a_time() {
         let (services, _clock) = services();
-        let target = services.target(orders(2));
+        let target = services.target(orders(2), None);
         let known = target.begin(0).unwrap();
         known.observe();
         drop(known);
@@ -528,7 +578,7 @@ mod tests {
     #[test]
     fn every_endpoint_is_chosen() {
         let (services, _clock) = services();
-        let target = services.target(orders(3));
+        let target = services.target(orders(3), None);
         let candidates = target.candidates(&[]);
         let mut seen = [0; 3];
         for _ in 0..300 {

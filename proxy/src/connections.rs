@@ -51,18 +51,22 @@ impl Connections {
 /// One connection, as the administration port shows it.
 #[derive(Clone, Debug, Serialize)]
 pub struct ConnectionSummary {
-    /// The peer's identity, from its certificate.
-    pub peer: String,
+    /// The peer's identity, from its certificate; absent for a caller without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
     /// Where it connected from.
     pub address: SocketAddr,
     /// Since when, RFC 3339.
     pub since: String,
     /// When it ends at the latest: the earlier end of the two certificates.
-    pub not_after: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_after: Option<String>,
     /// Serial number of the peer's certificate.
-    pub serial: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
     /// Epoch of the credentials under which it was authenticated.
-    pub epoch: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u64>,
     /// The calls that run on it.
     pub calls: Vec<CallSummary>,
 }
@@ -92,15 +96,10 @@ pub struct Registry {
 
 impl Registry {
     /// Lists a connection for as long as the guard lives.
-    pub fn register(
-        self: &Arc<Self>,
-        peer: Peer,
-        address: SocketAddr,
-        now: SystemTime,
-    ) -> LinkGuard {
+    pub fn register(self: &Arc<Self>, who: Who, address: SocketAddr, now: SystemTime) -> LinkGuard {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let link = Arc::new(Link {
-            peer,
+            who,
             address,
             since: now,
             calls: Mutex::default(),
@@ -134,10 +133,23 @@ impl Registry {
     }
 }
 
+/// Who is at the other end of an inbound connection.
+#[derive(Debug)]
+pub enum Who {
+    /// An identity of the mesh, by its certificate.
+    Peer(Box<Peer>),
+    /// A caller in plaintext, who may be anybody.
+    Nobody {
+        /// Whether the port is listed for such callers. Where it is not, only a workload that
+        /// audits serves them.
+        listed: bool,
+    },
+}
+
 /// One inbound connection.
 #[derive(Debug)]
 pub struct Link {
-    peer: Peer,
+    who: Who,
     address: SocketAddr,
     since: SystemTime,
     calls: Mutex<HashMap<u64, Arc<Live>>>,
@@ -149,8 +161,16 @@ pub struct Link {
 
 impl Link {
     /// Who is at the other end.
-    pub fn peer(&self) -> &Peer {
-        &self.peer
+    pub fn who(&self) -> &Who {
+        &self.who
+    }
+
+    /// The identity at the other end, where there is one.
+    pub fn peer(&self) -> Option<&Peer> {
+        match &self.who {
+            Who::Peer(peer) => Some(peer),
+            Who::Nobody { .. } => None,
+        }
     }
 
     /// Where it connected from.
@@ -238,12 +258,12 @@ impl Link {
         let mut calls = self.calls();
         calls.sort_by_key(|call| call.since);
         ConnectionSummary {
-            peer: self.peer.id.to_string(),
+            peer: self.peer().map(|peer| peer.id.to_string()),
             address: self.address,
             since: rfc3339(self.since),
-            not_after: rfc3339(self.peer.not_after),
-            serial: self.peer.serial.to_string(),
-            epoch: self.peer.epoch,
+            not_after: self.peer().map(|peer| rfc3339(peer.not_after)),
+            serial: self.peer().map(|peer| peer.serial.to_string()),
+            epoch: self.peer().map(|peer| peer.epoch),
             calls: calls.iter().map(|call| call.summary()).collect(),
         }
     }

@@ -15,8 +15,15 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 /// What every HTTP/2 client sends first.
 pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// How long a connection of unknown protocol may stay silent before it is taken for one on which
+/// the server speaks first.
+pub const SILENCE: Duration = Duration::from_millis(100);
+
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
+
+/// Room for the bytes that are read ahead at a time.
+const READ_AHEAD_BYTES: usize = 2048;
 
 /// What a connection speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,9 +116,34 @@ impl<IO> Prefixed<IO> {
         Self { prefix, io }
     }
 
+    /// The connection.
+    pub fn get_ref(&self) -> &IO {
+        &self.io
+    }
+
+    /// The bytes that were read and not yet read again.
+    pub fn prefix(&self) -> &[u8] {
+        &self.prefix
+    }
+
     /// The bytes that were read and not yet read again, and the connection.
     pub fn into_parts(self) -> (Bytes, IO) {
         (self.prefix, self.io)
+    }
+}
+
+impl<IO: AsyncRead + Unpin> Prefixed<IO> {
+    /// Reads further bytes ahead of whoever reads next; how many they were, none at the end.
+    ///
+    /// # Errors
+    ///
+    /// That of the connection.
+    pub async fn read_ahead(&mut self) -> io::Result<usize> {
+        let mut bytes = BytesMut::from(std::mem::take(&mut self.prefix));
+        bytes.reserve(READ_AHEAD_BYTES);
+        let read = self.io.read_buf(&mut bytes).await;
+        self.prefix = bytes.freeze();
+        read
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Phase {
 #[derive(Clone)]
 pub struct Drain {
     phase: Arc<watch::Sender<Phase>>,
+    /// The workload is about to end; until its drain it serves whoever comes.
+    asked_to_leave: Arc<watch::Sender<bool>>,
     tasks: TaskTracker,
     clock: Arc<dyn Clock>,
 }
@@ -49,6 +51,7 @@ impl Drain {
     pub fn new(clock: Arc<dyn Clock>) -> Self {
         Self {
             phase: Arc::new(watch::Sender::new(Phase::Serving)),
+            asked_to_leave: Arc::new(watch::Sender::new(false)),
             tasks: TaskTracker::new(),
             clock,
         }
@@ -72,6 +75,24 @@ impl Drain {
     /// Follows the phase.
     pub fn subscribe(&self) -> watch::Receiver<Phase> {
         self.phase.subscribe()
+    }
+
+    /// Tells every caller to go away, and goes on serving whoever does not: the workload is about to
+    /// end, and its drain has not begun yet.
+    pub fn ask_to_leave(&self) {
+        self.asked_to_leave.send_replace(true);
+    }
+
+    /// Whether callers have been told to go away.
+    pub fn is_asked_to_leave(&self) -> bool {
+        *self.asked_to_leave.borrow()
+    }
+
+    /// Waits for [`Self::ask_to_leave`].
+    pub async fn asked_to_leave(&self) {
+        let mut asked = self.asked_to_leave.subscribe();
+        let asked = asked.wait_for(|asked| *asked).await.is_ok();
+        debug_assert!(asked, "the sender lives as long as this borrow");
     }
 
     /// Begins a drain; a second time changes nothing.

@@ -62,6 +62,18 @@ pub enum RequestError {
     /// The mesh knows no service of this name.
     #[error("the destination is unknown")]
     DestinationUnknown,
+    /// The address is no longer the mesh's; the connection was begun while it was.
+    #[error("the destination is no longer in the mesh")]
+    DestinationChanged,
+    /// Nobody may call this address through a sidecar: loopback, one of its own ports.
+    #[error("the destination is refused: {reason}")]
+    DestinationRefused {
+        /// A word of the log: `loopback`, `own_port` …
+        reason: &'static str,
+    },
+    /// The namespace lets nothing out of the mesh.
+    #[error("calls out of the mesh are denied")]
+    EgressDenied,
     /// The service has no endpoint that may be tried.
     #[error("no endpoint is available")]
     NoEndpoint,
@@ -133,6 +145,9 @@ impl RequestError {
             Self::DrainDeadline => "drain_deadline",
             Self::Overloaded { .. } => "overloaded",
             Self::DestinationUnknown => "destination_unknown",
+            Self::DestinationChanged => "destination_changed",
+            Self::DestinationRefused { .. } => "destination_refused",
+            Self::EgressDenied => "egress_denied",
             Self::NoEndpoint => "no_endpoint",
             Self::UpstreamConnect { .. } => "upstream_connect",
             Self::UpstreamIdentity { .. } => "upstream_identity",
@@ -154,6 +169,8 @@ impl RequestError {
             Self::Denied { .. }
             | Self::PolicyChanged { .. }
             | Self::DeniedByPeer
+            | Self::DestinationRefused { .. }
+            | Self::EgressDenied
             | Self::NotCarried { .. } => StatusCode::FORBIDDEN,
             // A refused stream never reached an application: the caller may send it again.
             Self::UpstreamReset {
@@ -164,6 +181,7 @@ impl RequestError {
             | Self::Draining
             | Self::DrainDeadline
             | Self::Overloaded { .. }
+            | Self::DestinationChanged
             | Self::NoEndpoint
             | Self::UpstreamConnect { .. }
             | Self::CertificateEnded { .. } => StatusCode::SERVICE_UNAVAILABLE,
@@ -184,6 +202,8 @@ impl RequestError {
             Self::Denied { .. }
             | Self::PolicyChanged { .. }
             | Self::DeniedByPeer
+            | Self::DestinationRefused { .. }
+            | Self::EgressDenied
             | Self::NotCarried { .. } => 7, // PERMISSION_DENIED
             Self::Overloaded { .. } | Self::HeaderListTooLarge => 8, // RESOURCE_EXHAUSTED
             Self::BadRequest { .. } | Self::UpstreamProtocol { .. } => 13, // INTERNAL
@@ -191,6 +211,7 @@ impl RequestError {
             | Self::Draining
             | Self::DrainDeadline
             | Self::DestinationUnknown
+            | Self::DestinationChanged
             | Self::NoEndpoint
             | Self::UpstreamConnect { .. }
             | Self::UpstreamIdentity { .. }
@@ -222,6 +243,9 @@ impl RequestError {
             | Self::NotReady
             | Self::Overloaded { .. }
             | Self::DestinationUnknown
+            | Self::DestinationChanged
+            | Self::DestinationRefused { .. }
+            | Self::EgressDenied
             | Self::NoEndpoint
             | Self::UpstreamIdentity { .. }
             | Self::UpstreamReset { reason: None, .. }
@@ -235,6 +259,7 @@ impl RequestError {
         match self {
             Self::BadRequest { reason }
             | Self::CertificateEnded { reason }
+            | Self::DestinationRefused { reason }
             | Self::NotCarried { reason } => Some((*reason).to_owned()),
             Self::Overloaded { bound } => Some((*bound).to_owned()),
             Self::UpstreamConnect { detail }
@@ -253,6 +278,8 @@ impl RequestError {
             | Self::Draining
             | Self::DrainDeadline
             | Self::DestinationUnknown
+            | Self::DestinationChanged
+            | Self::EgressDenied
             | Self::NoEndpoint
             | Self::Timeout { .. }
             | Self::Idle => None,
@@ -321,6 +348,9 @@ impl RequestError {
             Self::DrainDeadline => "cut off by a drain",
             Self::Overloaded { .. } => "overloaded",
             Self::DestinationUnknown => "destination unknown",
+            Self::DestinationChanged => "destination changed",
+            Self::DestinationRefused { .. } => "destination refused",
+            Self::EgressDenied => "calls out of the mesh are denied",
             Self::NoEndpoint => "no endpoint available",
             Self::UpstreamConnect { .. } => "upstream could not be reached",
             Self::UpstreamIdentity { .. } => "upstream identity refused",

@@ -5,6 +5,7 @@
 //! `CANCEL`; every failure says how far the call had come.
 
 use std::future::poll_fn;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -156,23 +157,26 @@ pub struct Forwarded {
     /// How often it was tried.
     pub tries: u32,
     /// The endpoint of the last try.
-    pub last: Option<usize>,
+    pub endpoint: Option<SocketAddr>,
 }
 
-/// Tries `call` until an outcome is one to settle for.
+/// Tries a call until an outcome is one to settle for. `refresh` says what has become of its target
+/// when that has changed since.
 pub async fn with_retry(
     stack: &OutboundStack,
     clock: &dyn Clock,
-    call: &Arc<Outgoing>,
-    target: &Target,
+    (call, target): (&Arc<Outgoing>, &Target),
+    refresh: impl Fn(&Target) -> Option<Target>,
 ) -> Forwarded {
     let traffic = Arc::clone(&target.route.traffic);
     let mut plan = Plan::new(&traffic, &target.service.budget, call.subject());
     let mut tried = Vec::new();
+    let mut fresh = None;
     loop {
+        let now = fresh.as_ref().unwrap_or(target);
         let attempt = Attempt {
             call: Arc::clone(call),
-            target: target.clone(),
+            target: now.clone(),
             tried: tried.clone(),
             candidates: Vec::new(),
             chosen: Arc::default(),
@@ -181,8 +185,17 @@ pub async fn with_retry(
         let chosen = Arc::clone(&attempt.chosen);
         let outcome = stack.clone().oneshot(attempt).await;
         let last = chosen.get().copied();
+        let endpoint = last.and_then(|index| now.endpoint(index));
+        let endpoint = endpoint.map(|endpoint| endpoint.address);
         tried.extend(last);
-        let untried = target.route.endpoints.len().saturating_sub(tried.len());
+        if outcome.is_err()
+            && let Some(next) = refresh(now)
+        {
+            tried = next.places_of(now, &tried);
+            fresh = Some(next);
+        }
+        let now = fresh.as_ref().unwrap_or(target);
+        let untried = now.route.endpoints.len().saturating_sub(tried.len());
         let Next::Again { pause } = plan.after(seen(&outcome), call.is_whole(), untried) else {
             if let Some(body) = &call.body {
                 body.settle();
@@ -191,7 +204,7 @@ pub async fn with_retry(
             return Forwarded {
                 outcome,
                 tries: plan.tries(),
-                last,
+                endpoint,
             };
         };
         if untried == 0 {
@@ -435,8 +448,15 @@ fn failure(error: &h2::Error, slot: &Slot, call: &Outgoing) -> Failure {
             stage: Stage::Sent,
         };
     }
-    let refused =
-        error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM));
+    if error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM) {
+        return Failure {
+            error: RequestError::UpstreamConnect {
+                detail: "the called side could not reach its application".to_owned(),
+            },
+            stage: Stage::Refused,
+        };
+    }
+    let refused = error.is_remote() && error.is_go_away();
     let stage = if refused { Stage::Refused } else { Stage::Sent };
     Failure {
         error: upstream_error(error),

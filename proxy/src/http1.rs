@@ -19,13 +19,17 @@ mod guard;
 mod head;
 mod reader;
 mod rejection;
+mod serve;
 mod syntax;
 
 use std::time::Duration;
 
+use crate::config::LimitsConfig;
+
 pub use client::{ClientGuard, ClientHandle};
 pub use guard::{GuardHandle, ServerGuard, UpgradeGate};
 pub use rejection::{Reason, Rejection};
+pub use serve::{Serving, cause, refused, serve};
 
 /// Most bytes that hyper may buffer of one connection: more than any head that a guard passes.
 const HYPER_BUFFER_BYTES_MAX: usize = 128 * 1024;
@@ -39,6 +43,16 @@ pub struct GuardLimits {
     pub headers_max: usize,
     /// Time from a head's first byte to its last.
     pub head_timeout: Duration,
+}
+
+impl From<&LimitsConfig> for GuardLimits {
+    fn from(limits: &LimitsConfig) -> Self {
+        Self {
+            head_bytes_max: usize::try_from(limits.head_bytes_max).unwrap_or(usize::MAX),
+            headers_max: usize::try_from(limits.headers_max).unwrap_or(usize::MAX),
+            head_timeout: limits.head_timeout,
+        }
+    }
 }
 
 impl Default for GuardLimits {

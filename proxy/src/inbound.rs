@@ -1,11 +1,14 @@
 //! The inbound half: other sidecars' calls, from their connection to the application's answer.
 //!
-//! Always true: nothing is served that did not come through mesh TLS; every connection is listed
-//! before its first stream, and every stream before its first check; what is refused is logged with
-//! its reason and counted. [`serve`] is one worker's.
+//! Always true: nothing is served that did not come through mesh TLS, but for the ports that are
+//! listed for plaintext and for a workload that audits, where who comes so has no identity; every
+//! connection is listed before its first stream, and every stream before its first check; what is
+//! refused is logged with its reason and counted. [`serve`] is one worker's.
 
+mod arrival;
 mod exchange;
 mod handshake;
+mod plain;
 mod reply;
 mod request;
 mod session;
@@ -24,11 +27,20 @@ use sidegate_mesh::policy::Policy;
 use sidegate_mtls::Acceptor;
 use tokio::net::{TcpListener, TcpStream};
 
+pub use arrival::{OwnArrivals, OwnCalls, own_calls};
+
 use crate::application::{Application, wire_limits};
 use crate::authorize;
-use crate::connections::{Ending, Registry};
+use crate::config::Destination;
+use crate::connections::{Ending, Registry, Who};
+use crate::http1::GuardLimits;
+use crate::limits::KeyedPermit;
+use crate::original;
 use crate::shared::Shared;
+use crate::socket::{Carrier, Socket};
 use crate::wire::WireLimits;
+use arrival::OwnCall;
+use handshake::Accepted;
 
 /// How often unused connections to the application are looked through.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -42,13 +54,13 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// From the begin of a drain every connection is told to go away; connections are still accepted
 /// for the grace period, and those that the system has already accepted after it, so that no caller
 /// meets a closed port with its call under way. Open calls go on until they end or the drain's
-/// deadline comes.
-pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+/// deadline comes. `own` brings the calls of this pod to itself.
+pub async fn serve(listener: TcpListener, shared: Arc<Shared>, own: OwnArrivals) {
     let inbound = Arc::new(Inbound::new(shared));
     // While this lives a drain cannot end: what is in the accept queue is still to be served.
     let accepting = inbound.shared.drain.tasks().token();
     let life = async {
-        accept_loop(listener, &inbound).await;
+        accept_loop(listener, own, &inbound).await;
         drop(accepting);
         inbound.shared.drain.closed().await;
         for link in inbound.registry.links() {
@@ -70,6 +82,9 @@ struct Inbound {
     application: Application,
     acceptor: Acceptor,
     limits: WireLimits,
+    guard: GuardLimits,
+    /// Whether a connection's own address says where it goes.
+    redirected: bool,
 }
 
 /// One of the application's ports.
@@ -90,6 +105,8 @@ impl Inbound {
             registry: shared.connections.worker(),
             application: Application::new(&shared),
             limits: wire_limits(&shared),
+            guard: GuardLimits::from(&shared.config.limits),
+            redirected: shared.config.destination() == Destination::Original,
             acceptor,
             shared,
         }
@@ -112,23 +129,27 @@ impl Inbound {
     }
 }
 
-async fn accept_loop(listener: TcpListener, inbound: &Arc<Inbound>) {
+async fn accept_loop(listener: TcpListener, mut own: OwnArrivals, inbound: &Arc<Inbound>) {
     let drain = &inbound.shared.drain;
     // While this lives a drain cannot end: what is in the accept queue is still to be served.
     let _accepting = drain.tasks().token();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            call = own.next() => {
+                begin(inbound, Arrival::Own(call));
+                continue;
+            }
             () = drain.accept_until() => break,
         };
         match accepted {
-            Ok((stream, address)) => begin(inbound, stream, address),
+            Ok((stream, address)) => begin(inbound, Arrival::Tcp(stream, address)),
             Err(error) => pause_after(inbound, &error).await,
         }
     }
     // What the system has accepted already belongs to callers who believe in it.
     while let Some((stream, address)) = accept_now(&listener) {
-        begin(inbound, stream, address);
+        begin(inbound, Arrival::Tcp(stream, address));
     }
 }
 
@@ -144,8 +165,15 @@ async fn pause_after(inbound: &Inbound, error: &io::Error) {
     inbound.shared.clock.sleep(ACCEPT_PAUSE).await;
 }
 
+/// How a connection came.
+enum Arrival {
+    Tcp(TcpStream, SocketAddr),
+    /// From this pod, which is not redirected.
+    Own(OwnCall),
+}
+
 /// Takes a permit and serves the connection; without one it is closed, and counted by the limit.
-fn begin(inbound: &Arc<Inbound>, stream: TcpStream, address: SocketAddr) {
+fn begin(inbound: &Arc<Inbound>, arrival: Arrival) {
     let Some(permit) = inbound.shared.limits.inbound_connections.try_acquire() else {
         return;
     };
@@ -154,7 +182,10 @@ fn begin(inbound: &Arc<Inbound>, stream: TcpStream, address: SocketAddr) {
     tasks.spawn(async move {
         let open = inbound.shared.metrics.connections_open(Direction::Inbound);
         open.inc();
-        serve_connection(&inbound, stream, address).await;
+        match arrival {
+            Arrival::Tcp(stream, address) => serve_connection(&inbound, stream, address).await,
+            Arrival::Own(call) => serve_own(&inbound, call).await,
+        }
         open.dec();
         drop(permit);
     });
@@ -163,19 +194,59 @@ fn begin(inbound: &Arc<Inbound>, stream: TcpStream, address: SocketAddr) {
 async fn serve_connection(inbound: &Arc<Inbound>, stream: TcpStream, address: SocketAddr) {
     // A failure means that the peer is gone already, which the first read reports.
     drop(stream.set_nodelay(true));
-    let Some((stream, peer)) = handshake::accept(inbound, stream, address).await else {
+    let mut target = None;
+    if inbound.redirected {
+        match arrival::target_of(&inbound.shared, &stream) {
+            Ok(found) => target = Some(found),
+            Err(refusal) => return arrival::log_refused(&inbound.shared, address, refusal),
+        }
+    }
+    let address = original::canonical(address);
+    let accepted = handshake::accept(inbound, stream, address, target).await;
+    serve_accepted(inbound, accepted, address, target).await;
+}
+
+/// A call of this pod to itself: its own identity is the caller, and the policy holds.
+async fn serve_own(inbound: &Arc<Inbound>, call: OwnCall) {
+    let address = SocketAddr::new(call.original.ip(), 0);
+    let target = match arrival::target_at(&inbound.shared, call.original) {
+        Ok(target) => Some(target),
+        Err(refusal) => return arrival::log_refused(&inbound.shared, address, refusal),
+    };
+    let socket = Socket::Own(call.stream);
+    let accepted = handshake::authenticate(inbound, socket, address).await;
+    serve_accepted(inbound, accepted, address, target).await;
+}
+
+async fn serve_accepted(
+    inbound: &Arc<Inbound>,
+    accepted: Option<Accepted>,
+    address: SocketAddr,
+    target: Option<Target>,
+) {
+    let (stream, peer) = match (accepted, target) {
+        (Some(Accepted::Mesh(stream, peer)), _) => (stream, peer),
+        (Some(Accepted::Plain(caller)), Some(target)) => {
+            return plain::serve(inbound, caller, address, target).await;
+        }
+        (Some(Accepted::Plain(_)), None) | (None, _) => return,
+    };
+    let Some(_permit) = permit_for(inbound, peer.id.text()) else {
         return;
     };
-    let per_peer = &inbound.shared.limits.inbound_connections_per_peer;
-    let Some(_permit) = per_peer.try_acquire(peer.id.text()) else {
-        return;
-    };
+    let who = Who::Peer(Box::new(peer));
     let now = inbound.shared.clock.now();
-    let link = inbound.registry.register(peer, address, now);
+    let link = inbound.registry.register(who, address, now);
     // Registered first: trust that was withdrawn since the handshake is noticed here or by the
     // recheck, never by neither.
     handshake::retrust(&inbound.shared, link.link());
-    session::run(inbound, &link, stream).await;
+    session::run(inbound, &link, Carrier::Mesh(Box::new(stream)), target).await;
+}
+
+/// One of the connections that a peer may have at once.
+fn permit_for(inbound: &Inbound, peer: &Arc<str>) -> Option<KeyedPermit> {
+    let per_peer = &inbound.shared.limits.inbound_connections_per_peer;
+    per_peer.try_acquire(peer)
 }
 
 /// Goes through every live call when the policy changes, and through every peer when the

@@ -1,10 +1,12 @@
 //! The outbound half: from the application beside this sidecar to another sidecar.
 //!
 //! The application speaks HTTP/1.1, HTTP/2 with prior knowledge, or opaque bytes on a port bound to
-//! one service. Where a request goes is said by its authority, or by that port.
+//! one service. Where a request goes is said by its authority, by that port, or, where traffic is
+//! redirected, by the address that its connection was made to.
 //!
-//! Invariants: nothing leaves this process but over mutual TLS to an endpoint whose identity the
-//! snapshot names; one snapshot routes a request; bodies are streamed; each call leaves one record.
+//! Invariants: nothing leaves this process but over mutual TLS to an endpoint whose identity its
+//! route names, or to an address that the controller says is not the mesh's; one route is a call's;
+//! bodies are streamed; each call leaves one record.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,22 +15,25 @@ use std::time::{Duration, SystemTime};
 use http::{Request, Response};
 use hyper::upgrade::OnUpgrade;
 use sidegate_mesh::access_log::{Direction, Protocol};
-use sidegate_mesh::host::{Authority, ServiceName};
-use sidegate_mesh::routes::{PortProtocol, Route, Routes};
+use sidegate_mesh::host::ServiceName;
+use sidegate_mesh::routes::PortProtocol;
 use sidegate_mesh::{Clock, Verdict};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 
 use crate::balance::Target;
 use crate::body::Body;
 use crate::call::Call;
 use crate::config::ServicePort;
-use crate::detect::{self, Detected};
+use crate::detect::{self, Detected, Prefixed, SILENCE};
 use crate::error::RequestError;
 use crate::forward::{self, Answer, Forwarded, Interim, Outgoing, Start};
 use crate::headers::{self, Head, Kind, Sender};
-use crate::http1::{GuardHandle, GuardLimits, UpgradeGate};
+use crate::http1::{self as guarded, GuardHandle, GuardLimits, UpgradeGate};
+use crate::inbound::OwnCalls;
 use crate::limits::Permit;
 use crate::pool::Pool;
+use crate::refusal::{self, Form};
 use crate::shared::Shared;
 use crate::stack::{self, OutboundStack};
 use crate::wire::WireLimits;
@@ -37,17 +42,16 @@ use crate::wire::tunnel::{Abort, Abortable};
 pub mod deadline;
 pub mod replay;
 
+mod destination;
+mod external;
 mod http1;
 mod http2;
 mod respond;
 mod tcp;
 
+use destination::Destined;
 use replay::Replay;
 use respond::Exchange;
-
-/// How long a connection to a port of unknown protocol may stay silent before it is taken for one
-/// on which the server speaks first.
-const SILENCE: Duration = Duration::from_millis(500);
 
 /// Pause after the system could not accept a connection, for example for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -86,7 +90,7 @@ impl From<&ServicePort> for BoundService {
 /// Where a request came from, and what its connection can do.
 pub(crate) struct Caller {
     address: SocketAddr,
-    bound: Option<Arc<BoundService>>,
+    destined: Destined,
     interim: Option<Arc<dyn Interim>>,
     upgrade: Option<(OnUpgrade, UpgradeGate)>,
     abort: Abort,
@@ -95,16 +99,12 @@ pub(crate) struct Caller {
 }
 
 impl Outbound {
-    /// The outbound half of one worker, with no connection yet.
-    pub fn new(shared: Arc<Shared>) -> Arc<Self> {
+    /// The outbound half of one worker, with no connection yet; `own` takes calls to this pod.
+    pub fn new(shared: Arc<Shared>, own: Option<OwnCalls>) -> Arc<Self> {
         let limits = &shared.config.limits;
         let wire = WireLimits::from(limits);
-        let guard = GuardLimits {
-            head_bytes_max: usize::try_from(limits.head_bytes_max).unwrap_or(usize::MAX),
-            headers_max: usize::try_from(limits.headers_max).unwrap_or(usize::MAX),
-            head_timeout: limits.head_timeout,
-        };
-        let pool = Pool::new(Arc::clone(&shared), wire);
+        let guard = GuardLimits::from(limits);
+        let pool = Pool::new(Arc::clone(&shared), wire, own);
         let stack = stack::outbound(Arc::clone(&pool), Arc::clone(&shared.clock));
         Arc::new(Self {
             shared,
@@ -172,24 +172,36 @@ impl Outbound {
     ) {
         // Without it small writes wait for acknowledgements; a failure shows at the first write.
         drop(stream.set_nodelay(true));
+        let (destined, protocol) = match (bound, &self.shared.destinations) {
+            (None, Some(destinations)) => {
+                return self.serve_redirected(stream, address, destinations).await;
+            }
+            (None, None) => (Destined::Authority, None),
+            (Some(bound), _) => {
+                let protocol = self.protocol_of(&bound);
+                (Destined::Bound(bound), Some(protocol))
+            }
+        };
         let stream = Abortable::new(stream);
-        let abort = stream.abort();
         let connection = Connection {
             address,
-            bound,
-            abort,
+            destined,
+            abort: stream.abort(),
+            stale: Arc::default(),
         };
-        let protocol = connection
-            .bound
-            .as_deref()
-            .map(|bound| self.protocol_of(bound));
+        self.serve_spoken(stream, connection, protocol).await;
+    }
+
+    /// Serves a connection by what it speaks; `protocol` is known where one destination is meant.
+    async fn serve_spoken(
+        self: &Arc<Self>,
+        stream: Abortable,
+        connection: Connection,
+        protocol: Option<PortProtocol>,
+    ) {
         if protocol == Some(PortProtocol::Tcp) {
-            return self
-                .serve_tcp(
-                    detect::Prefixed::new(bytes::Bytes::new(), stream),
-                    connection,
-                )
-                .await;
+            let stream = Prefixed::new(bytes::Bytes::new(), stream);
+            return self.serve_tcp(stream, connection).await;
         }
         let opaque = protocol == Some(PortProtocol::Auto);
         let patience = if opaque {
@@ -204,12 +216,26 @@ impl Outbound {
         match detected {
             Detected::Http2 => self.serve_http2(stream, connection).await,
             Detected::Http1 => self.serve_http1(stream, connection).await,
-            Detected::Tls | Detected::Other | Detected::Silent if opaque => {
-                self.serve_tcp(stream, connection).await;
-            }
+            Detected::Tls | Detected::Other if opaque => self.serve_tcp(stream, connection).await,
+            Detected::Silent if opaque => self.serve_silent(stream, connection).await,
             Detected::Silent | Detected::Closed => {}
             Detected::Tls => self.refuse(&connection, "tls"),
             Detected::Other => self.refuse(&connection, "unknown_protocol"),
+        }
+    }
+
+    /// A connection on which nobody has spoken yet: the server may be the first. Where the called
+    /// side carries no bytes, the application may still have something to say in HTTP.
+    async fn serve_silent(self: &Arc<Self>, stream: Prefixed<Abortable>, connection: Connection) {
+        let Some((stream, connection)) = self.try_tcp(stream, connection).await else {
+            return;
+        };
+        let patience = self.guard.head_timeout;
+        match detect::protocol(stream, &*self.shared.clock, patience).await {
+            Ok((Detected::Http2, stream)) => self.serve_http2(stream, connection).await,
+            Ok((Detected::Http1, stream)) => self.serve_http1(stream, connection).await,
+            // It was told already, and is on record: it is reset.
+            Ok(_) | Err(_) => connection.abort.arm(),
         }
     }
 
@@ -245,7 +271,7 @@ impl Outbound {
     ) -> Response<Body> {
         let mut call = self.begin(caller.address);
         let (parts, body) = request.into_parts();
-        let form = respond::Form::of(&parts);
+        let form = Form::of(&parts);
         call.record().protocol = match (form.grpc, parts.version) {
             (true, _) => Protocol::Grpc,
             (false, http::Version::HTTP_2) => Protocol::Http2,
@@ -254,8 +280,8 @@ impl Outbound {
         match self.forward(&mut call, parts, body, &mut caller).await {
             Ok(exchange) => exchange.respond(call, caller),
             Err(error) => {
-                let error = http1::cause(error, caller.guard.as_ref());
-                respond::refusal(call, &error, form)
+                let error = guarded::cause(error, caller.guard.as_ref());
+                refusal::respond(call, &error, form)
             }
         }
     }
@@ -276,15 +302,15 @@ impl Outbound {
             // Any other upgrade is ignored, and requests may follow.
             caller.upgrade = None;
         }
-        let snapshot = self.shared.state.current().ok_or(RequestError::NotReady)?;
-        call.record().snapshot = Some(snapshot.number);
-        let (head, route) = select(&snapshot.routes, head, caller.bound.as_deref())?;
+        let (head, route) = self.select(call, head, &caller.destined).await?;
         call.record().destination_service = Some(Arc::clone(&route.service));
         call.record().authority = head.authority.as_ref().map(ToString::to_string);
-        let target = self.shared.services.target(route);
+        let target = self.target(route);
         let body = respond::counted(body, call.counters());
         let outgoing = Arc::new(self.outgoing(&head, &target, body, caller)?);
-        let answer = self.call(call, &outgoing, &target).await?;
+        let answer = self
+            .call(call, &outgoing, &target, &caller.destined)
+            .await?;
         Ok(Exchange {
             answer,
             outgoing,
@@ -320,7 +346,7 @@ impl Outbound {
             _ => !http_body::Body::is_end_stream(&body),
         };
         Ok(Outgoing {
-            head: head.to_wire(Some(target.route.target_port))?,
+            head: head.to_wire(caller.destined.named_port(&target.route))?,
             method: head.method.clone(),
             grpc: head
                 .path
@@ -350,23 +376,24 @@ impl Outbound {
         call: &mut Call,
         outgoing: &Arc<Outgoing>,
         target: &Target,
+        destined: &Destined,
     ) -> Result<Answer, RequestError> {
         call.forwarded();
         let clock = &*self.shared.clock;
         let limit = Patience::of(clock, target.route.traffic.timeout, outgoing.deadline);
-        let tried = forward::with_retry(&self.stack, clock, outgoing, target);
+        let refresh = |target: &Target| self.refreshed(destined, target);
+        let tried = forward::with_retry(&self.stack, clock, (outgoing, target), refresh);
         let Forwarded {
             outcome,
             tries,
-            last,
+            endpoint,
         } = tokio::select! {
             forwarded = tried => forwarded,
             error = limit.run_out(clock) => return Err(error),
         };
         let record = call.record();
         record.attempts = (tries > 1).then_some(tries);
-        let endpoint = last.and_then(|index| target.endpoint(index));
-        record.destination_address = endpoint.map(|endpoint| endpoint.address.to_string());
+        record.destination_address = endpoint.map(|endpoint| endpoint.to_string());
         let answer = outcome?;
         let peer = answer.held.slot.peer();
         record.tls_version = Some(peer.tls_version);
@@ -378,41 +405,22 @@ impl Outbound {
 /// An application's connection.
 struct Connection {
     address: SocketAddr,
-    bound: Option<Arc<BoundService>>,
+    destined: Destined,
     abort: Abort,
+    /// Told when the connection leads nowhere any more.
+    stale: Arc<Notify>,
 }
 
-/// Where a request goes: to its port's service, or to that of its authority.
-///
-/// On a bound port the authority becomes the service's own name, since what the application wrote
-/// there is an address of this machine.
-fn select(
-    routes: &Routes,
-    mut head: Head,
-    bound: Option<&BoundService>,
-) -> Result<(Head, Arc<Route>), RequestError> {
-    let route = if let Some(bound) = bound {
-        head.authority = Authority::parse(&authority_of(bound)).ok();
-        routes.service(&bound.name, bound.port)
-    } else {
-        let authority = head.authority.as_ref();
-        let missing = RequestError::BadRequest {
-            reason: "host_missing",
-        };
-        routes.resolve(authority.ok_or(missing)?)
-    };
-    let route = Arc::clone(route.ok_or(RequestError::DestinationUnknown)?);
-    if route.protocol == PortProtocol::Tcp {
-        return Err(RequestError::NotCarried { reason: "http" });
-    }
-    Ok((head, route))
-}
-
-fn authority_of(bound: &BoundService) -> String {
-    match bound.port {
-        80 => bound.name.to_string(),
-        port => format!("{}:{port}", bound.name),
-    }
+/// Whether an answer made here says that its connection leads nowhere: the next one may, so the
+/// application had better make one.
+fn leads_nowhere(response: &Response<Body>) -> bool {
+    const CODES: [&str; 3] = [
+        "destination_unknown",
+        "destination_changed",
+        "egress_denied",
+    ];
+    let code = response.headers().get(crate::wire::ERROR);
+    code.is_some_and(|code| CODES.iter().any(|known| code == known))
 }
 
 /// How long a call may wait for its response's head.

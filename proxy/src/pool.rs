@@ -20,6 +20,7 @@ use sidegate_mtls::{Connector, Peer};
 use tokio::sync::Notify;
 
 use crate::error::RequestError;
+use crate::inbound::OwnCalls;
 use crate::limits::Permit;
 use crate::shared::Shared;
 use crate::wire::WireLimits;
@@ -36,6 +37,8 @@ pub struct Pool {
     connector: Connector,
     wire: WireLimits,
     hosts: Mutex<HashMap<Key, Arc<Host>>>,
+    /// Takes the calls to this pod, which would not be redirected.
+    own: Option<OwnCalls>,
 }
 
 /// What a connection is good for.
@@ -99,8 +102,8 @@ enum Take {
 }
 
 impl Pool {
-    /// No connection yet.
-    pub fn new(shared: Arc<Shared>, wire: WireLimits) -> Arc<Self> {
+    /// No connection yet; `own` takes calls to this pod.
+    pub fn new(shared: Arc<Shared>, wire: WireLimits, own: Option<OwnCalls>) -> Arc<Self> {
         let connector = Connector::new(
             Arc::clone(&shared.credentials),
             shared.config.limits.handshake_timeout,
@@ -111,6 +114,7 @@ impl Pool {
             connector,
             wire,
             hosts: Mutex::default(),
+            own,
         })
     }
 

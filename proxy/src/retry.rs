@@ -132,10 +132,13 @@ impl<'a> Plan<'a> {
             return Next::Settle;
         }
         if self.is_safe(outcome, untried) {
-            self.tries += 1;
-            return Next::Again {
-                pause: Duration::ZERO,
+            // Everybody has refused it more than once: a moment later somebody may not.
+            let pause = match self.tries {
+                2.. if untried == 0 => pause(self.tries - 1),
+                _ => Duration::ZERO,
             };
+            self.tries += 1;
+            return Next::Again { pause };
         }
         if self.is_asked(outcome) && self.asked < self.policy_attempts() && self.budget.withdraw() {
             self.asked += 1;

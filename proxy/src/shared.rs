@@ -15,6 +15,7 @@ use crate::destinations::Destinations;
 use crate::drain::Drain;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
+use crate::original::{Originals, Own};
 use crate::state::State;
 
 /// One sidecar's shared values.
@@ -43,6 +44,10 @@ pub struct Shared {
     pub services: Services,
     /// Whose addresses are whose; only where calls are known by the address that they were made to.
     pub destinations: Option<Arc<Destinations>>,
+    /// Where connections were going before they were redirected here.
+    pub originals: Arc<dyn Originals>,
+    /// The pod's addresses and this sidecar's ports.
+    pub own: Own,
 }
 
 impl std::fmt::Debug for Shared {

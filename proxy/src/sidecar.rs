@@ -26,6 +26,7 @@ use crate::drain::Drain;
 use crate::health::{self, Missing};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
+use crate::original::{Kernel, Own};
 use crate::shared::Shared;
 use crate::state::State;
 use crate::worker::{self, Addresses, BindError};
@@ -124,6 +125,8 @@ impl Sidecar {
         let shared = Arc::new(Shared {
             workload,
             destinations: destinations.map(Arc::new),
+            originals: Arc::new(Kernel),
+            own: Own::of(&config),
             state: State::new(),
             credentials: CredentialStore::new(
                 VerifyLimits::default(),

@@ -198,9 +198,10 @@ async fn serve(listeners: Listeners, shared: &Arc<Shared>) -> Result<(), String>
     let failed = |error: std::io::Error| error.to_string();
     let inbound = TcpListener::from_std(listeners.inbound).map_err(failed)?;
     let outbound = TcpListener::from_std(listeners.outbound).map_err(failed)?;
-    let calls = Outbound::new(Arc::clone(shared));
+    let (own, arrivals) = inbound::own_calls();
+    let calls = Outbound::new(Arc::clone(shared), Some(own));
     let mut all: FuturesUnordered<LocalBoxFuture<'_, ()>> = FuturesUnordered::new();
-    all.push(inbound::serve(inbound, Arc::clone(shared)).boxed_local());
+    all.push(inbound::serve(inbound, Arc::clone(shared), arrivals).boxed_local());
     all.push(accept(&calls, shared, outbound, None).boxed_local());
     for (service, listener) in listeners.upstreams {
         let listener = TcpListener::from_std(listener).map_err(failed)?;

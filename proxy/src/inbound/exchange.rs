@@ -25,7 +25,7 @@ use crate::wire::send::{SendError, send_body};
 
 /// How long a request's body may go on after its response has ended: an application may answer
 /// before it has read everything, and a caller finds out a little later.
-const LINGER_MAX: Duration = Duration::from_secs(2);
+pub(super) const LINGER_MAX: Duration = Duration::from_secs(2);
 
 /// One admitted request.
 pub(super) struct Exchange<'a> {
@@ -78,8 +78,8 @@ impl Exchange<'_> {
         reply: &mut Reply,
         call: &mut Call,
     ) -> Result<Answer, RequestError> {
-        let caller = &self.session.link.peer().id;
-        let request = self.head.to_application(Some(caller))?.map(|()| body);
+        let caller = self.session.link.peer().map(|peer| &peer.id);
+        let request = self.head.to_application(caller)?.map(|()| body);
         let (sender, mut informational) = informational();
         let application = &self.session.inbound.application;
         call.forwarded();
@@ -172,7 +172,7 @@ async fn pass_on(
 }
 
 /// A failure of the application that the caller caused, by giving up or by standing still.
-fn of_caller(error: RequestError, progress: &Progress) -> RequestError {
+pub(super) fn of_caller(error: RequestError, progress: &Progress) -> RequestError {
     if !matches!(error, RequestError::UpstreamReset { .. }) {
         return error;
     }

@@ -1,24 +1,29 @@
-//! From a TCP connection to an authenticated peer.
+//! From a TCP connection to an authenticated peer, or to a caller whom a port takes without.
 //!
 //! Always true: whoever is refused leaves a record with the reason's code and with who tried, as
-//! far as that is known; a claimed identity is never put where a proved one stands.
+//! far as that is known; a claimed identity is never put where a proved one stands. Plaintext goes
+//! on only where its port is listed for it or the workload audits, and there only after the first
+//! bytes have shown that they are no sidecar's.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use sidegate_mesh::Verdict;
 use sidegate_mesh::access_log::{Direction, Protocol};
-use sidegate_mtls::{HandshakeError, Peer};
+use sidegate_mesh::{Enforcement, Verdict};
+use sidegate_mtls::{HandshakeError, Hello, HelloReader, Peer};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
-use super::Inbound;
+use super::{Inbound, Target};
 use crate::call::empty_record;
 use crate::connections::Link;
+use crate::detect::{self, Detected, Prefixed, SILENCE};
 use crate::limits::Permit;
 use crate::shared::Shared;
+use crate::socket::Socket;
+use crate::wire::tunnel::Abortable;
 
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -37,14 +42,72 @@ enum First {
     Nothing,
 }
 
-/// Authenticates the peer within the bounds on handshakes; `None` when it was refused, and logged.
+/// Who came, and what the connection goes on with.
+pub(super) enum Accepted {
+    /// A sidecar.
+    Mesh(TlsStream<Socket>, Peer),
+    /// A caller without an identity.
+    Plain(Plain),
+}
+
+/// A connection without an identity, where its port lets such callers in.
+pub(super) struct Plain {
+    pub(super) io: Prefixed<Abortable>,
+    pub(super) spoken: Detected,
+    /// Whether the port is listed for such callers.
+    pub(super) listed: bool,
+}
+
+/// Whom a port lets in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Door {
+    /// The port is listed for callers without an identity.
+    listed: bool,
+    /// The workload refuses nobody.
+    audits: bool,
+    /// Opaque bytes may enter.
+    opaque: bool,
+}
+
+impl Door {
+    /// What holds for `target` at this moment; closed while nothing is known.
+    fn of(shared: &Shared, target: Option<Target>) -> Self {
+        let closed = Self {
+            listed: false,
+            audits: false,
+            opaque: false,
+        };
+        let (Some(target), Some(snapshot)) = (target, shared.state.current()) else {
+            return closed;
+        };
+        if shared.credentials.current().is_none() {
+            return closed;
+        }
+        Self {
+            listed: shared.config.plaintext_ports.contains(&target.port),
+            audits: snapshot.policy.enforcement() == Enforcement::Audit,
+            opaque: snapshot.policy.carries_opaque(target.port),
+        }
+    }
+
+    fn is_open(self) -> bool {
+        self.listed || self.audits
+    }
+}
+
+/// Authenticates the peer within the bounds on handshakes, or finds that `target` takes callers
+/// without an identity; `None` when it was refused, and logged.
 pub(super) async fn accept(
     inbound: &Inbound,
     stream: TcpStream,
     address: SocketAddr,
-) -> Option<(TlsStream<TcpStream>, Peer)> {
+    target: Option<Target>,
+) -> Option<Accepted> {
     let shared = &inbound.shared;
-    let since = shared.clock.now();
+    let door = Door::of(shared, target);
+    if door.is_open() {
+        return look(inbound, stream, address, door).await;
+    }
     match first(shared, &stream).await {
         First::Tls => {}
         // Port scans and TCP health checks: nobody tried anything.
@@ -54,13 +117,74 @@ pub(super) async fn accept(
             return None;
         }
     }
+    authenticate(inbound, Socket::Tcp(stream), address).await
+}
+
+/// Authenticates whoever is at the other end of `socket`.
+pub(super) async fn authenticate(
+    inbound: &Inbound,
+    socket: Socket,
+    address: SocketAddr,
+) -> Option<Accepted> {
+    let shared = &inbound.shared;
+    let since = shared.clock.now();
     // Only who has begun a handshake takes one of their places: silence costs a connection's.
     let _permit: Permit = shared.limits.handshakes.try_acquire()?;
-    match inbound.acceptor.accept(stream).await {
-        Ok(accepted) => Some(accepted),
+    match inbound.acceptor.accept(socket).await {
+        Ok((stream, peer)) => Some(Accepted::Mesh(stream, peer)),
         Err(error) => {
             log_failure(shared, address, since, &error);
             None
+        }
+    }
+}
+
+/// Looks at the first bytes of a connection to a port that takes callers without an identity.
+async fn look(
+    inbound: &Inbound,
+    stream: TcpStream,
+    address: SocketAddr,
+    door: Door,
+) -> Option<Accepted> {
+    let clock = &*inbound.shared.clock;
+    let patience = inbound.shared.config.limits.handshake_timeout;
+    // A caller that lets the application speak first says nothing; a sidecar begins at once.
+    let silence = if door.opaque { SILENCE } else { patience };
+    let detected = detect::protocol(Abortable::new(stream), clock, silence).await;
+    let (spoken, mut io) = detected.ok()?;
+    if spoken == Detected::Tls {
+        let hello = tokio::select! {
+            hello = read_hello(&mut io) => hello.ok()?,
+            () = clock.sleep(patience) => return None,
+        };
+        if hello == Hello::Mesh {
+            return authenticate(inbound, Socket::Looked(io), address).await;
+        }
+    }
+    match spoken {
+        Detected::Closed => None,
+        Detected::Silent if !door.opaque => None,
+        _ => Some(Accepted::Plain(Plain {
+            io,
+            spoken,
+            listed: door.listed,
+        })),
+    }
+}
+
+/// Reads until it is clear for whom the TLS of a connection is meant; what was read comes first
+/// again.
+async fn read_hello(io: &mut Prefixed<Abortable>) -> std::io::Result<Hello> {
+    let mut reader = HelloReader::default();
+    let mut seen = 0;
+    loop {
+        let hello = reader.read(io.prefix().get(seen..).unwrap_or_default());
+        if hello != Hello::Incomplete {
+            return Ok(hello);
+        }
+        seen = io.prefix().len();
+        if io.read_ahead().await? == 0 {
+            return Ok(Hello::Foreign);
         }
     }
 }
@@ -70,10 +194,13 @@ pub(super) fn retrust(shared: &Shared, link: &Arc<Link>) {
     let Some(credentials) = shared.credentials.current() else {
         return;
     };
-    if credentials.epoch() == link.peer().epoch {
+    let Some(peer) = link.peer() else {
+        return;
+    };
+    if credentials.epoch() == peer.epoch {
         return;
     }
-    if let Err(error) = credentials.still_trusts(link.peer()) {
+    if let Err(error) = credentials.still_trusts(peer) {
         link.cut(error.code());
         log_cut(shared, link, error.code());
     }
@@ -83,13 +210,13 @@ pub(super) fn retrust(shared: &Shared, link: &Arc<Link>) {
 pub(super) fn log_cut(shared: &Shared, link: &Link, reason: &str) {
     let mut record = empty_record(Direction::Inbound, shared.clock.now());
     record.protocol = Protocol::Tcp;
-    record.source = Some(Arc::clone(link.peer().id.text()));
+    record.source = link.peer().map(|peer| Arc::clone(peer.id.text()));
     record.source_address = Some(link.address().to_string());
     record.destination = Some(Arc::clone(shared.workload.id.text()));
     record.decision = Some(Verdict::Deny);
     record.error = Some("connection_cut");
     record.reason = Some(reason.to_owned());
-    record.tls_version = Some(link.peer().tls_version);
+    record.tls_version = link.peer().map(|peer| peer.tls_version);
     shared.log.record(&record);
 }
 

@@ -32,15 +32,19 @@ pub(super) struct Reply {
     grpc: bool,
     /// The answer has no body, whatever it says: the request was a HEAD.
     bodiless: bool,
+    /// The caller is a sidecar, which makes something of a reset stream.
+    sidecar: bool,
 }
 
 impl Reply {
-    pub(super) fn new(respond: SendResponse<Bytes>) -> Self {
+    /// `sidecar` says that the caller is one.
+    pub(super) fn new(respond: SendResponse<Bytes>, sidecar: bool) -> Self {
         Self {
             respond,
             stream: None,
             grpc: false,
             bodiless: false,
+            sidecar,
         }
     }
 
@@ -116,7 +120,7 @@ impl Reply {
     }
 
     fn fail_before_head(&mut self, error: &RequestError) -> Told {
-        if let Some(reason) = reset_before_head(error) {
+        if let Some(reason) = reset_before_head(error, self.sidecar) {
             self.respond.send_reset(reason);
             return Told::default();
         }
@@ -149,12 +153,12 @@ fn speaks_in_trailers(error: &RequestError) -> bool {
     )
 }
 
-/// How a stream ends without any answer: where the caller may retry, where nobody listens, and
-/// where the application reset its own stream.
-fn reset_before_head(error: &RequestError) -> Option<Reason> {
+/// How a stream ends without any answer: where a sidecar may retry, where nobody listens, and where
+/// the application reset its own stream.
+fn reset_before_head(error: &RequestError, sidecar: bool) -> Option<Reason> {
     match error {
         RequestError::UpstreamConnect { .. } | RequestError::Draining => {
-            Some(Reason::REFUSED_STREAM)
+            sidecar.then_some(Reason::REFUSED_STREAM)
         }
         RequestError::PeerReset { .. }
         | RequestError::CertificateEnded { .. }

@@ -18,7 +18,7 @@ use super::session::Session;
 use super::{Target, exchange, tunnel};
 use crate::authorize;
 use crate::call::Call;
-use crate::connections::{Ending, LiveGuard, Subject};
+use crate::connections::{Ending, Link, LiveGuard, Subject};
 use crate::error::RequestError;
 use crate::headers::{self, Head, Kind, Sender};
 use crate::limits::Permit;
@@ -33,12 +33,9 @@ pub(super) async fn serve(
 ) {
     let shared = &session.inbound.shared;
     let peer = session.link.peer();
-    let mut call = Call::start(shared, Direction::Inbound);
-    call.between(Some(&peer.id), Some(&shared.workload.id));
-    call.from_address(session.link.address());
-    call.record().tls_version = Some(peer.tls_version);
-    let mut reply = Reply::new(respond);
-    let outcome = if tunnel::is_opaque(&request) {
+    let mut call = begin(shared, &session.link);
+    let mut reply = Reply::new(respond, peer.is_some());
+    let outcome = if peer.is_some() && tunnel::is_opaque(&request) {
         tunnel::handle_opaque(session, request, &mut reply, &mut call).await
     } else {
         handle_request(session, request, &mut reply, &mut call).await
@@ -55,6 +52,16 @@ pub(super) async fn serve(
     call.finish();
 }
 
+/// The record of a call that begins on `link`.
+pub(super) fn begin(shared: &Arc<Shared>, link: &Link) -> Call {
+    let mut call = Call::start(shared, Direction::Inbound);
+    let peer = link.peer();
+    call.between(peer.map(|peer| &peer.id), Some(&shared.workload.id));
+    call.from_address(link.address());
+    call.record().tls_version = peer.map(|peer| peer.tls_version);
+    call
+}
+
 /// One request: what is forwarded is authorized, by one snapshot, before it is forwarded.
 async fn handle_request(
     session: &Arc<Session>,
@@ -62,6 +69,7 @@ async fn handle_request(
     reply: &mut Reply,
     call: &mut Call,
 ) -> Result<(), RequestError> {
+    let shared = &session.inbound.shared;
     let (parts, body) = request.into_parts();
     let head = sanitize(session, parts, reply, call)?;
     let target = target(session, head.port)?;
@@ -70,8 +78,8 @@ async fn handle_request(
         head: Arc::clone(&head),
     };
     // Registered before the first check: a policy change between the two would else be missed.
-    let live = register(session, subject.clone(), call);
-    let _permit = admit(session, &subject, call)?;
+    let live = register(shared, &session.link, subject.clone(), call);
+    let _permit = admit(shared, &session.link, &subject, call)?;
     call.record().destination_address = Some(target.address.to_string());
     let deadline = grpc_deadline(&head);
     let exchange = exchange::Exchange {
@@ -81,7 +89,7 @@ async fn handle_request(
     };
     tokio::select! {
         served = exchange.run(body, reply, call) => served,
-        ending = live.live().ended() => Err(ended(session, call, ending)),
+        ending = live.live().ended() => Err(ended(shared, call, ending)),
         error = expire(session, deadline) => Err(error),
     }
 }
@@ -92,51 +100,61 @@ fn sanitize(
     reply: &mut Reply,
     call: &mut Call,
 ) -> Result<Arc<Head>, RequestError> {
-    let protocol = claimed_protocol(&parts.headers);
+    // Nothing of ours that a caller without an identity says is believed.
+    let sender = match session.link.peer() {
+        Some(_) => Sender::Sidecar,
+        None => Sender::Application,
+    };
+    let protocol = claimed_protocol(&parts.headers, sender);
     reply.to(&parts.method);
     reply.speak_grpc(protocol == Protocol::Grpc);
     // Noted as it came, for whoever looks for an attacker; overwritten when it is in order.
     call.record().protocol = protocol;
     call.describe_refused(parts.method.as_str(), parts.uri.path());
-    let head = headers::sanitize(parts, Sender::Sidecar, &session.inbound.limits)?;
+    let head = headers::sanitize(parts, sender, &session.inbound.limits)?;
     reply.speak_grpc(head.kind == Kind::Grpc);
     call.describe(&head);
     Ok(Arc::new(head))
 }
 
 /// What a head that may be refused yet seems to be.
-fn claimed_protocol(headers: &HeaderMap) -> Protocol {
+fn claimed_protocol(headers: &HeaderMap, sender: Sender) -> Protocol {
     let content_type = headers.get(http::header::CONTENT_TYPE);
     let spoken = headers
         .get(wire::PROTOCOL)
         .map(|value| Spoken::parse(value.as_bytes()));
     match spoken {
         _ if content_type.is_some_and(headers::is_grpc_type) => Protocol::Grpc,
-        Some(Some(Spoken::Http10 | Spoken::Http11)) => Protocol::Http1,
+        Some(Some(Spoken::Http10 | Spoken::Http11)) if sender == Sender::Sidecar => Protocol::Http1,
         _ => Protocol::Http2,
     }
 }
 
 pub(super) fn target(session: &Session, named: Option<u16>) -> Result<Target, RequestError> {
-    let found = session.inbound.target(named);
+    // Where the address says it, nothing that the caller says does.
+    let found = session.target.or_else(|| session.inbound.target(named));
     found.ok_or(RequestError::DestinationUnknown)
 }
 
-pub(super) fn register(session: &Session, subject: Subject, call: &Call) -> LiveGuard {
-    let now = session.inbound.shared.clock.now();
-    session.link.begin(subject, call.counters(), now)
+pub(super) fn register(
+    shared: &Shared,
+    link: &Arc<Link>,
+    subject: Subject,
+    call: &Call,
+) -> LiveGuard {
+    link.begin(subject, call.counters(), shared.clock.now())
 }
 
 /// Authorization, then the bound on requests in flight.
 pub(super) fn admit(
-    session: &Session,
+    shared: &Shared,
+    link: &Link,
     subject: &Subject,
     call: &mut Call,
 ) -> Result<Permit, RequestError> {
-    let shared = &session.inbound.shared;
     // One load per request: the decision and the log line must name the same policy.
     let snapshot = shared.state.current().ok_or(RequestError::NotReady)?;
-    let decision = authorize::decide(&snapshot.policy, &session.link.peer().id, subject);
+    let decision = authorize::decide(&snapshot.policy, link.who(), subject);
     call.decided(&decision, snapshot.number);
     if let Subject::Request { port, head } = subject {
         call.record().destination_service = called(&snapshot.routes, head, *port, shared);
@@ -158,10 +176,10 @@ fn called(routes: &Routes, head: &Head, port: u16, shared: &Shared) -> Option<Ar
 }
 
 /// What a call that is ended from outside fails with; the record names the policy that refuses now.
-pub(super) fn ended(session: &Session, call: &mut Call, ending: Ending) -> RequestError {
+pub(super) fn ended(shared: &Shared, call: &mut Call, ending: Ending) -> RequestError {
     match ending {
         Ending::Denied(decision) => {
-            let number = session.inbound.shared.state.current().map(|now| now.number);
+            let number = shared.state.current().map(|now| now.number);
             call.decided(&decision, number.unwrap_or_default());
             RequestError::PolicyChanged {
                 decision_id: authorize::decision_id(),

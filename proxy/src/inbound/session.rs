@@ -1,4 +1,4 @@
-//! One authenticated connection: its HTTP/2, its streams, its end.
+//! One HTTP/2 connection: of another sidecar, or of a caller in plaintext where its port takes such.
 //!
 //! Always true: the connection is told to go away before it ends, unless its peer is no longer
 //! believed; from then on a new stream is answered with `REFUSED_STREAM`, which its caller may
@@ -13,12 +13,11 @@ use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream};
 use http::Request;
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio_rustls::server::TlsStream;
 
-use super::{Inbound, handshake, request};
+use super::{Inbound, Target, handshake, request};
 use crate::connections::{Ending, Link, LinkGuard};
+use crate::socket::Carrier;
 use crate::wire;
 use crate::wire::flood::{Budget, Metered};
 use crate::wire::keepalive;
@@ -44,15 +43,22 @@ const IDLE_FRAMES: (u32, u32) = (200, 20);
 pub(super) struct Session {
     pub(super) inbound: Arc<Inbound>,
     pub(super) link: Arc<Link>,
+    /// Where its calls go, whatever they say; `None` where each names its port.
+    pub(super) target: Option<Target>,
     resets: Mutex<Budget>,
     flood: Notify,
     frames: Arc<Notify>,
 }
 
-type Http2 = Connection<Metered<TlsStream<TcpStream>>, Bytes>;
+type Http2 = Connection<Metered<Carrier>, Bytes>;
 
 /// Serves the connection to its end.
-pub(super) async fn run(inbound: &Arc<Inbound>, link: &LinkGuard, stream: TlsStream<TcpStream>) {
+pub(super) async fn run(
+    inbound: &Arc<Inbound>,
+    link: &LinkGuard,
+    stream: Carrier,
+    target: Option<Target>,
+) {
     let clock = &inbound.shared.clock;
     let timeout = inbound.shared.config.limits.handshake_timeout;
     let frames = Arc::new(Notify::new());
@@ -63,12 +69,13 @@ pub(super) async fn run(inbound: &Arc<Inbound>, link: &LinkGuard, stream: TlsStr
         () = clock.sleep(timeout) => return,
     };
     let Ok(http2) = handshake else {
-        tracing::debug!(peer.id = %link.link().peer().id, "inbound HTTP/2 preface refused");
+        tracing::debug!(peer.addr = %link.link().address(), "inbound HTTP/2 preface refused");
         return;
     };
     let session = Arc::new(Session {
         inbound: Arc::clone(inbound),
         link: Arc::clone(link.link()),
+        target,
         resets: Mutex::new(Budget::new(RESETS, clock.now())),
         flood: Notify::new(),
         frames,
@@ -79,10 +86,12 @@ pub(super) async fn run(inbound: &Arc<Inbound>, link: &LinkGuard, stream: TlsStr
 impl Session {
     async fn serve(self: &Arc<Self>, mut http2: Http2) {
         let shared = &self.inbound.shared;
-        let peer = self.link.peer();
         let mut leave = std::pin::pin!(self.time_to_leave());
-        let mut end = shared.clock.sleep_until(peer.not_after);
+        let mut farewell = std::pin::pin!(shared.drain.asked_to_leave());
+        let mut end = std::pin::pin!(self.certificate_end());
         let mut alive = std::pin::pin!(self.keepalive(&mut http2));
+        // Who connects to a workload that is known to end has no other to go to.
+        let mut told = shared.drain.is_asked_to_leave();
         let mut leaving = false;
         loop {
             tokio::select! {
@@ -106,6 +115,11 @@ impl Session {
                 }
                 () = &mut leave, if !leaving => {
                     leaving = true;
+                    http2.graceful_shutdown();
+                }
+                // Told to go, and served until it has gone.
+                () = &mut farewell, if !told && !leaving => {
+                    told = true;
                     http2.graceful_shutdown();
                 }
                 next = http2.accept() => match next {
@@ -146,19 +160,36 @@ impl Session {
     /// a long time without any call.
     async fn time_to_leave(&self) {
         let shared = &self.inbound.shared;
-        let going_away = self.going_away_at();
         tokio::select! {
             () = shared.drain.draining() => {}
-            () = shared.clock.sleep_until(going_away) => {}
+            () = self.time_is_short() => {}
             () = self.unused() => {}
+        }
+    }
+
+    /// Ends with the earlier of the two certificates; never where there is none.
+    async fn certificate_end(&self) {
+        match self.link.peer() {
+            Some(peer) => self.inbound.shared.clock.sleep_until(peer.not_after).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Ends when the certificate's coming end is a reason to leave.
+    async fn time_is_short(&self) {
+        match self.link.peer() {
+            Some(peer) => {
+                let moment = self.going_away_at(peer.not_after);
+                self.inbound.shared.clock.sleep_until(moment).await;
+            }
+            None => std::future::pending().await,
         }
     }
 
     /// `not_after` less the time that a drain takes, or less a share of what is left of a short
     /// life.
-    fn going_away_at(&self) -> SystemTime {
+    fn going_away_at(&self, not_after: SystemTime) -> SystemTime {
         let shared = &self.inbound.shared;
-        let not_after = self.link.peer().not_after;
         let left = not_after
             .duration_since(shared.clock.now())
             .unwrap_or_default();

@@ -33,14 +33,15 @@ pub(super) async fn handle_opaque(
     reply: &mut Reply,
     call: &mut Call,
 ) -> Result<(), RequestError> {
+    let shared = &session.inbound.shared;
     let (parts, recv) = request.into_parts();
     call.record().protocol = Protocol::Tcp;
     let named = headers::named_port(&parts.headers)?;
     let target = target(session, named)?;
     let subject = Subject::Opaque { port: target.port };
     // Registered before the first check: a policy change between the two would else be missed.
-    let live = register(session, subject.clone(), call);
-    let _permit = admit(session, &subject, call)?;
+    let live = register(shared, &session.link, subject.clone(), call);
+    let _permit = admit(shared, &session.link, &subject, call)?;
     call.record().destination_address = Some(target.address.to_string());
     let carried = async {
         call.forwarded();
@@ -62,7 +63,7 @@ pub(super) async fn handle_opaque(
         carried = carried => return carried,
         ending = live.live().ended() => ending,
     };
-    Err(ended(session, call, ending))
+    Err(ended(shared, call, ending))
 }
 
 /// The bytes of a WebSocket behind its 101; `head` is the answer between the sidecars.

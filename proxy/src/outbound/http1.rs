@@ -3,24 +3,20 @@
 //! Invariant: hyper sees only what the guard passed, and every refusal of the guard is answered and
 //! on record.
 
-use std::convert::Infallible;
-use std::pin::pin;
 use std::sync::Arc;
 
-use http::{HeaderValue, Request, Response, StatusCode, Version, header};
+use http::{HeaderValue, Request, Response, Version, header};
 use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
 
-use super::{Caller, Connection, Outbound, respond};
+use super::{Caller, Connection, Outbound, leads_nowhere};
 use crate::body::Body;
 use crate::detect::Prefixed;
-use crate::error::RequestError;
-use crate::http1::{self, GuardHandle, Rejection, ServerGuard};
+use crate::http1::{self, GuardHandle, Rejection, Serving};
+use crate::refusal::{self, Form};
 use crate::wire;
 use crate::wire::tunnel::Abortable;
 
-/// The code of [`RequestError::BadRequest`].
+/// The code of [`RequestError::BadRequest`](crate::error::RequestError::BadRequest).
 const BAD_REQUEST: &str = "bad_request";
 
 impl Outbound {
@@ -30,39 +26,21 @@ impl Outbound {
         io: Prefixed<Abortable>,
         connection: Connection,
     ) {
-        let (io, handle) = ServerGuard::new(io, self.guard, Arc::clone(&self.shared.clock));
         let connection = Arc::new(connection);
-        let service = {
-            let (this, handle) = (Arc::clone(self), handle.clone());
-            let connection = Arc::clone(&connection);
-            service_fn(move |request| {
-                let (this, handle) = (Arc::clone(&this), handle.clone());
-                let connection = Arc::clone(&connection);
-                async move { Ok::<_, Infallible>(this.answer(request, &handle, &connection).await) }
-            })
-        };
-        let idle = self.shared.config.limits.connection_idle_timeout;
-        let served = http1::server(idle, &self.guard)
-            .serve_connection(TokioIo::new(io), service)
-            .with_upgrades();
-        let mut served = pin!(served);
-        let mut draining = pin!(self.shared.drain.draining());
-        let mut told = false;
-        loop {
-            tokio::select! {
-                ended = served.as_mut() => {
-                    if let Err(error) = ended {
-                        tracing::debug!(peer.addr = %connection.address, %error, "connection ended");
-                    }
-                    break;
-                }
-                () = draining.as_mut(), if !told => {
-                    told = true;
-                    served.as_mut().graceful_shutdown();
-                }
+        let answer = {
+            let (this, connection) = (Arc::clone(self), Arc::clone(&connection));
+            move |request, handle| {
+                let (this, connection) = (Arc::clone(&this), Arc::clone(&connection));
+                async move { this.answer(request, &handle, &connection).await }
             }
-        }
-        if let Some(rejection) = handle.take_unreported() {
+        };
+        let serving = Serving {
+            limits: self.guard,
+            idle: self.shared.config.limits.connection_idle_timeout,
+            clock: &self.shared.clock,
+            drain: &self.shared.drain,
+        };
+        if let Some(rejection) = http1::serve(io, &serving, answer).await {
             drop(self.refuse_head(&connection, rejection));
         }
     }
@@ -79,7 +57,7 @@ impl Outbound {
         };
         let caller = Caller {
             address: connection.address,
-            bound: connection.bound.clone(),
+            destined: connection.destined.clone(),
             // hyper sends a 100 when the body is first read, and can send no other.
             interim: None,
             upgrade: gate.map(|gate| (hyper::upgrade::on(&mut request), gate)),
@@ -89,11 +67,8 @@ impl Outbound {
         let mut response = self.handle_request(request.map(Body::from), caller).await;
         *response.version_mut() = Version::HTTP_11;
         // Whoever sends what could be read in two ways is not read any further.
-        if response
-            .headers()
-            .get(wire::ERROR)
-            .is_some_and(|code| code == BAD_REQUEST)
-        {
+        let code = response.headers().get(wire::ERROR);
+        if code.is_some_and(|code| code == BAD_REQUEST) || leads_nowhere(&response) {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(header::CONNECTION, close);
         }
@@ -101,34 +76,11 @@ impl Outbound {
     }
 
     fn refuse_head(&self, connection: &Connection, rejection: Rejection) -> Response<Body> {
-        let error = refused(rejection);
+        let error = http1::refused(rejection);
         let mut call = self.begin(connection.address);
         call.record().protocol = sidegate_mesh::access_log::Protocol::Http1;
-        let mut response = respond::refusal(call, &error, respond::Form::default());
+        let mut response = refusal::respond(call, &error, Form::default());
         *response.status_mut() = rejection.status();
         response
-    }
-}
-
-/// A refusal of the guard, as the failure of a call.
-fn refused(rejection: Rejection) -> RequestError {
-    if rejection.status() == StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE {
-        RequestError::HeaderListTooLarge
-    } else {
-        RequestError::BadRequest {
-            reason: rejection.code(),
-        }
-    }
-}
-
-/// What a call failed with: a body that the guard refused looks like a caller that gave up.
-pub(super) fn cause(error: RequestError, guard: Option<&GuardHandle>) -> RequestError {
-    let refusal = || {
-        let guard = guard.filter(|guard| guard.rejection().is_some())?;
-        guard.take_unreported()
-    };
-    match error {
-        RequestError::PeerReset { .. } => refusal().map_or(error, refused),
-        _ => error,
     }
 }

@@ -16,7 +16,7 @@ use h2::{Reason, RecvStream};
 use http::{Request, Response};
 use http_body::Body as _;
 
-use super::{Caller, Connection, Outbound};
+use super::{Caller, Connection, Outbound, leads_nowhere};
 use crate::body::{Body, RecvBody};
 use crate::detect::Prefixed;
 use crate::forward::Interim;
@@ -83,6 +83,7 @@ impl Outbound {
                     }
                     None => return,
                 },
+                () = connection.stale.notified() => wire.graceful_shutdown(),
                 () = draining.as_mut(), if !told => {
                     told = true;
                     wire.graceful_shutdown();
@@ -130,7 +131,7 @@ impl Outbound {
         let respond = Arc::new(Mutex::new(respond));
         let caller = Caller {
             address: connection.address,
-            bound: connection.bound.clone(),
+            destined: connection.destined.clone(),
             interim: Some(Arc::new(Informational(Arc::clone(&respond)))),
             upgrade: None,
             abort: connection.abort.clone(),
@@ -142,6 +143,9 @@ impl Outbound {
             // Dropping the call is what resets it upstream.
             _ = poll_fn(|cx| lock(&respond).poll_reset(cx)) => return,
         };
+        if leads_nowhere(&response) {
+            connection.stale.notify_one();
+        }
         send(response, &respond).await;
     }
 }

@@ -22,6 +22,7 @@ use crate::error::RequestError;
 use crate::forward::{Answer, Held, Outgoing, caller_error};
 use crate::headers::{self, Head, Kind, Sender};
 use crate::limits::Permit;
+use crate::refusal::{self, Form};
 use crate::wire::tunnel::Abort;
 use crate::wire::{self, Spoken};
 
@@ -93,7 +94,7 @@ impl Exchange {
             held,
         } = self.answer;
         let (Some((upgraded, gate)), Some(send)) = (caller.upgrade, send) else {
-            return refusal(
+            return refusal::respond(
                 call,
                 &RequestError::NotCarried { reason: "upgrade" },
                 Form::default(),
@@ -103,7 +104,7 @@ impl Exchange {
             let error = RequestError::BadRequest {
                 reason: rejection.code(),
             };
-            return refusal(call, &error, Form::default());
+            return refusal::respond(call, &error, Form::default());
         }
         head.status = StatusCode::SWITCHING_PROTOCOLS;
         head.headers
@@ -123,43 +124,6 @@ impl Exchange {
         tasks.spawn(self.outbound.carry_upgraded(tunnel, call, held));
         Response::from_parts(head, Body::Empty)
     }
-}
-
-/// In which form a caller is told of a failure.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Form {
-    /// In gRPC's way.
-    pub(super) grpc: bool,
-    /// Without a body, as the answer to a HEAD is.
-    pub(super) bodiless: bool,
-}
-
-impl Form {
-    /// The form for the caller of this request.
-    pub(super) fn of(request: &http::request::Parts) -> Self {
-        let content_type = request.headers.get(http::header::CONTENT_TYPE);
-        Self {
-            grpc: content_type.is_some_and(headers::is_grpc_type),
-            bodiless: request.method == Method::HEAD,
-        }
-    }
-}
-
-/// The response to a call that failed here, and its record.
-pub(super) fn refusal(mut call: Call, error: &RequestError, form: Form) -> Response<Body> {
-    let grpc = form.grpc;
-    call.fail(error);
-    let mut response = error.to_response(grpc);
-    if form.bodiless {
-        *response.body_mut() = Bytes::new();
-    }
-    call.told(
-        Some(response.status().as_u16()),
-        grpc.then(|| error.grpc_status()),
-    );
-    call.counters().add_response(response.body().len());
-    call.finish();
-    response.map(Body::from)
 }
 
 /// The caller's body, with its bytes counted.

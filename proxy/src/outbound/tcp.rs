@@ -1,6 +1,6 @@
-//! Bytes: opaque TCP on a port bound to one service, and a WebSocket after its 101.
+//! Bytes: opaque TCP where one destination is meant, and a WebSocket after its 101.
 //!
-//! Invariants: the destination is the port's own service; nothing of the application's bytes leaves
+//! Invariants: the destination is the connection's own; nothing of the application's bytes leaves
 //! before the other sidecar has accepted the tunnel; an application whose tunnel failed sees a
 //! reset, never a clean end.
 
@@ -14,7 +14,8 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use sidegate_mesh::access_log::Protocol;
 
-use super::{BoundService, Connection, Outbound, note_refusal};
+use super::destination::Destined;
+use super::{Connection, Outbound, note_refusal};
 use crate::call::Call;
 use crate::detect::Prefixed;
 use crate::error::{RequestError, reason_words};
@@ -32,20 +33,31 @@ pub(super) struct Upgraded {
 }
 
 impl Outbound {
-    /// Carries an opaque connection to the service of its port.
+    /// Carries an opaque connection to where it goes.
     pub(super) async fn serve_tcp(
         self: &Arc<Self>,
         io: Prefixed<Abortable>,
         connection: Connection,
     ) {
-        let Some(bound) = connection.bound.as_deref() else {
-            return;
-        };
+        if let Some((io, connection)) = self.try_tcp(io, connection).await {
+            connection.abort.arm();
+            drop(io);
+        }
+    }
+
+    /// As [`Self::serve_tcp`]; the connection comes back, its first bytes aside, when the called
+    /// side does not carry it.
+    pub(super) async fn try_tcp(
+        self: &Arc<Self>,
+        io: Prefixed<Abortable>,
+        connection: Connection,
+    ) -> Option<(Abortable, Connection)> {
         let mut call = self.begin(connection.address);
         call.record().protocol = Protocol::Tcp;
         // Until the tunnel has ended well, whatever closes the connection resets it.
         connection.abort.arm();
-        match self.open_tunnel(&mut call, bound).await {
+        let (leading, io) = io.into_parts();
+        match self.open_tunnel(&mut call, &connection.destined).await {
             Ok((answer, _permit)) => {
                 let Answer {
                     send,
@@ -54,32 +66,40 @@ impl Outbound {
                     ..
                 } = answer;
                 let Some(send) = send else {
-                    return fail(call, &RequestError::NotCarried { reason: "opaque" });
+                    fail(call, &RequestError::NotCarried { reason: "opaque" });
+                    return None;
                 };
-                let (leading, io) = io.into_parts();
                 let tunnel = TunnelIo {
                     io,
                     leading,
                     abort: connection.abort,
                 };
                 self.carry(tunnel, send, recv, call).await;
+                None
             }
-            Err(error) => fail(call, &error),
+            Err(error) => {
+                let denied = error == RequestError::DeniedByPeer;
+                fail(call, &error);
+                connection.abort.disarm();
+                (denied && leading.is_empty()).then_some((io, connection))
+            }
         }
     }
 
     async fn open_tunnel(
         &self,
         call: &mut Call,
-        bound: &BoundService,
+        destined: &Destined,
     ) -> Result<(Answer, Permit), RequestError> {
         let permit = self.admit()?;
-        let snapshot = self.shared.state.current().ok_or(RequestError::NotReady)?;
-        call.record().snapshot = Some(snapshot.number);
-        let route = snapshot.routes.service(&bound.name, bound.port);
-        let route = Arc::clone(route.ok_or(RequestError::DestinationUnknown)?);
-        call.record().destination_service = Some(Arc::clone(&route.service));
-        let head = connect(&route.service, route.target_port)?;
+        let route = self.route_of(call, destined).await?;
+        let port = destined.named_port(&route);
+        // For the eye: the other side does not choose by it.
+        let authority = match destined.original() {
+            Some(at) => at.to_string(),
+            None => route.service.to_string(),
+        };
+        let head = connect(&authority, port)?;
         let outgoing = Arc::new(Outgoing {
             head,
             method: Method::CONNECT,
@@ -91,8 +111,8 @@ impl Outbound {
             body_idle: self.shared.config.limits.request_body_idle_timeout,
             caller_failed: OnceLock::new(),
         });
-        let target = self.shared.services.target(route);
-        let answer = self.call(call, &outgoing, &target).await?;
+        let target = self.target(route);
+        let answer = self.call(call, &outgoing, &target, destined).await?;
         note_refusal(call, &answer.head);
         match answer.head.status {
             status if status.is_success() => Ok((answer, permit)),
@@ -168,11 +188,11 @@ fn reset(reason: Option<h2::Reason>) -> RequestError {
     }
 }
 
-/// The head of an opaque tunnel. Its authority is for the eye: the other side does not choose by it.
-fn connect(service: &str, port: u16) -> Result<Request<()>, RequestError> {
+/// The head of an opaque tunnel.
+fn connect(authority: &str, port: Option<u16>) -> Result<Request<()>, RequestError> {
     let uri = Uri::builder()
         .scheme("http")
-        .authority(service)
+        .authority(authority)
         .path_and_query("/")
         .build();
     let Ok(uri) = uri else {
@@ -182,7 +202,9 @@ fn connect(service: &str, port: u16) -> Result<Request<()>, RequestError> {
     *request.method_mut() = Method::CONNECT;
     *request.version_mut() = Version::HTTP_2;
     *request.uri_mut() = uri;
-    request.headers_mut().insert(wire::PORT, port.into());
+    if let Some(port) = port {
+        request.headers_mut().insert(wire::PORT, port.into());
+    }
     request
         .extensions_mut()
         .insert(h2::ext::Protocol::from_static(wire::TCP));

@@ -21,13 +21,14 @@ use tokio_rustls::client::TlsStream;
 use super::{Connection, Host, Pool};
 use crate::error::RequestError;
 use crate::limits::Permit;
+use crate::socket::Socket;
 use crate::wire::keepalive;
 
 /// How often a connection asks its peer whether it is there, and how long it waits.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(15);
 
-type Wire = h2::client::Connection<TlsStream<TcpStream>, Bytes>;
+type Wire = h2::client::Connection<TlsStream<Socket>, Bytes>;
 
 /// Makes a connection for `host` and keeps it until it ends.
 pub(super) async fn run(pool: Arc<Pool>, host: Arc<Host>, permit: Permit) {
@@ -84,15 +85,13 @@ async fn establish(
     pool: &Pool,
     host: &Host,
 ) -> Result<(SendRequest<Bytes>, Wire, Peer), RequestError> {
-    let tcp = dial(pool, host)
-        .await
-        .map_err(|error| unreachable(&error))?;
+    let socket = open(pool, host).await?;
     // One TLS handshake is one permit: a burst of new connections must not starve what runs.
     let permit = pool.shared.limits.upstream_handshakes.try_acquire();
     let permit = permit.ok_or(RequestError::Overloaded {
         bound: "handshakesMax",
     })?;
-    let handshake = pool.connector.connect(tcp, &host.key.identity).await;
+    let handshake = pool.connector.connect(socket, &host.key.identity).await;
     drop(permit);
     let (tls, peer) = handshake.map_err(|error| {
         let metrics = &pool.shared.metrics;
@@ -114,6 +113,22 @@ async fn establish(
         }
         () = clock.sleep(pool.shared.config.limits.handshake_timeout) => Err(timed_out()),
     }
+}
+
+/// The bytes below TLS: within this process where the address is this pod's, since nothing that it
+/// sends is redirected, and the application would be reached past its policy.
+async fn open(pool: &Pool, host: &Host) -> Result<Socket, RequestError> {
+    if !pool.shared.own.has(host.key.address.ip()) {
+        let dialled = dial(pool, host).await;
+        return dialled
+            .map(Socket::Tcp)
+            .map_err(|error| unreachable(&error));
+    }
+    let own = pool.own.as_ref();
+    let own = own.ok_or_else(|| RequestError::UpstreamConnect {
+        detail: "this pod takes no calls".to_owned(),
+    })?;
+    own.connect(host.key.address).map(Socket::Own)
 }
 
 async fn dial(pool: &Pool, host: &Host) -> io::Result<TcpStream> {

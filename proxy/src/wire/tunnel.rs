@@ -47,6 +47,12 @@ pub struct TunnelBytes {
     pub to_wire: Arc<AtomicU64>,
 }
 
+impl TunnelBytes {
+    fn total(&self) -> u64 {
+        self.from_wire.load(Ordering::Relaxed) + self.to_wire.load(Ordering::Relaxed)
+    }
+}
+
 /// Makes the next close of an [`Abortable`] a reset (RST), whatever wraps it.
 #[derive(Clone, Debug, Default)]
 pub struct Abort(Arc<AtomicBool>);
@@ -192,7 +198,7 @@ where
             }
             Err(end) => end,
         },
-        () = idle_for(idle, bytes) => TunnelEnd::Idle,
+        () = idle_for(idle, || bytes.total()) => TunnelEnd::Idle,
     };
     if end != TunnelEnd::Clean {
         send.send_reset(Reason::CANCEL);
@@ -224,9 +230,8 @@ async fn both_ways<'s, W, R>(
     }
 }
 
-/// Ends when no byte moved for the limit.
-async fn idle_for(idle: &TunnelIdle, bytes: &TunnelBytes) {
-    let total = || bytes.from_wire.load(Ordering::Relaxed) + bytes.to_wire.load(Ordering::Relaxed);
+/// Ends when `total` stood still for the limit.
+pub(crate) async fn idle_for(idle: &TunnelIdle, total: impl Fn() -> u64) {
     let step = (idle.limit / 4).max(Duration::from_millis(1));
     let mut seen = total();
     let mut quiet = Duration::ZERO;

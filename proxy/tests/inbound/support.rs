@@ -25,6 +25,7 @@ use sidegate_proxy::connections::Connections;
 use sidegate_proxy::drain::Drain;
 use sidegate_proxy::limits::Limits;
 use sidegate_proxy::metrics::Metrics;
+use sidegate_proxy::original::{Kernel, Own};
 use sidegate_proxy::shared::Shared;
 use sidegate_proxy::state::State;
 use time::OffsetDateTime;
@@ -224,7 +225,8 @@ impl Sidecar {
         let shared = shared(&setup, &clock, credentials, log);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let serving = sidegate_proxy::inbound::serve(listener, Arc::clone(&shared));
+        let (_, arrivals) = sidegate_proxy::inbound::own_calls();
+        let serving = sidegate_proxy::inbound::serve(listener, Arc::clone(&shared), arrivals);
         let sidecar = Self {
             clock,
             root,
@@ -328,6 +330,8 @@ fn shared(
         drain: Drain::new(Arc::clone(&clock)),
         services: Services::new(Arc::clone(&clock)),
         destinations: None,
+        originals: Arc::new(Kernel),
+        own: Own::of(&config),
         clock,
         connections: Connections::new(),
         config: Arc::new(config),

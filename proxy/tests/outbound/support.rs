@@ -29,6 +29,7 @@ use sidegate_proxy::connections::Connections;
 use sidegate_proxy::drain::Drain;
 use sidegate_proxy::limits::Limits;
 use sidegate_proxy::metrics::Metrics;
+use sidegate_proxy::original::{Kernel, Own};
 use sidegate_proxy::outbound::{BoundService, Outbound};
 use sidegate_proxy::shared::Shared;
 use sidegate_proxy::state::State;
@@ -418,12 +419,14 @@ impl Web {
             drain: Drain::new(Arc::clone(&clock)),
             services: Services::new(Arc::clone(&clock)),
             destinations: None,
+            originals: Arc::new(Kernel),
+            own: Own::of(&config),
             connections: Connections::new(),
             workload: Arc::new(workload),
             config: Arc::new(config),
             clock,
         });
-        let outbound = Outbound::new(Arc::clone(&shared));
+        let outbound = Outbound::new(Arc::clone(&shared), None);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(Arc::clone(&outbound).serve(listener, None));
