@@ -139,11 +139,11 @@ async fn grpc_calls(doors: Doors, outcomes: &mut Vec<Outcome>) {
         ("shop.v1.Inventory/Reserve", Kind::Bidirectional),
     ];
     for (call, kind) in kinds {
-        notes.call(("shop/web", call), "Ok", grpc(web, kind)).await;
+        notes.call(("shop/web", call), "Ok", code(web, kind)).await;
     }
     let call = ("jobs/batch", "shop.v1.Inventory/Get");
     notes
-        .call(call, "PermissionDenied", grpc(batch, Kind::Unary))
+        .call(call, "PermissionDenied", code(batch, Kind::Unary))
         .await;
 }
 
@@ -219,21 +219,41 @@ async fn plaintext(address: SocketAddr) -> Result<String, client::Error> {
     })
 }
 
-#[derive(Clone, Copy)]
-enum Kind {
+/// The four kinds of gRPC call, each with the inventory's method of that kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kind {
+    /// `Get`.
+    #[value(name = "get")]
     Unary,
+    /// `Watch`.
+    #[value(name = "watch")]
     ServerStreaming,
+    /// `Restock`.
+    #[value(name = "restock")]
     ClientStreaming,
+    /// `Reserve`.
+    #[value(name = "reserve")]
     Bidirectional,
 }
 
-async fn grpc(address: SocketAddr, kind: Kind) -> Result<String, client::Error> {
-    let channel = client::channel(address, "http://inventory.shop").await?;
-    let code = match call_inventory(InventoryClient::new(channel), kind).await {
+async fn code(address: SocketAddr, kind: Kind) -> Result<String, client::Error> {
+    let code = match grpc(address.to_string(), "http://inventory.shop", kind).await {
         Ok(()) => Code::Ok,
         Err(status) => status.code(),
     };
     Ok(format!("{code:?}"))
+}
+
+/// One call of the inventory at `address` with the authority of `origin`, read to its end.
+///
+/// # Errors
+///
+/// The status with which it ended; `UNAVAILABLE` when nothing could be reached.
+pub async fn grpc(address: String, origin: &str, kind: Kind) -> Result<(), tonic::Status> {
+    let channel = client::channel(address, origin)
+        .await
+        .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+    call_inventory(InventoryClient::new(channel), kind).await
 }
 
 async fn call_inventory(

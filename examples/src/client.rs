@@ -3,17 +3,16 @@
 //! Invariant: each opens a connection of its own to the address it is given, says whom it wants by
 //! authority only, and knows nothing of the mesh.
 
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::time::Duration;
 
 use axum::http::{HeaderMap, Request, StatusCode, header};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio_tungstenite::tungstenite;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
@@ -45,21 +44,32 @@ pub struct Answer {
 ///
 /// When the connection fails, or the answer breaks off or exceeds 1 MiB.
 pub async fn get(
-    address: SocketAddr,
+    address: impl ToSocketAddrs,
     host: &str,
     path: &str,
     headers: &[(&str, &str)],
 ) -> Result<Answer, Error> {
-    let stream = connect(address).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let mut request = Request::get(path)
         .header(header::HOST, host)
         .header(header::USER_AGENT, "sidegate-shop");
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let request = request.body(Empty::<Bytes>::new())?;
+    send(address, request.body(Full::default())?).await
+}
+
+/// Sends one HTTP/1.1 `request` to `address`.
+///
+/// # Errors
+///
+/// When the connection fails, or the answer breaks off or exceeds 1 MiB.
+pub async fn send(
+    address: impl ToSocketAddrs,
+    request: Request<Full<Bytes>>,
+) -> Result<Answer, Error> {
+    let stream = connect(address).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let call = async {
         let (head, body) = sender.send_request(request).await?.into_parts();
         let body = Limited::new(body, ANSWER_BYTES_MAX)
@@ -90,13 +100,15 @@ pub async fn get(
 ///
 /// When the connection fails.
 pub async fn channel(
-    address: SocketAddr,
-    origin: &'static str,
+    address: impl ToSocketAddrs + Clone + Send + Sync + 'static,
+    origin: &str,
 ) -> Result<Channel, tonic::transport::Error> {
     // The origin becomes the authority; the connection goes to `address` whatever it says.
-    let connect =
-        service_fn(move |_origin| async move { connect(address).await.map(TokioIo::new) });
-    Endpoint::from_static(origin)
+    let connect = service_fn(move |_origin| {
+        let address = address.clone();
+        async move { connect(address).await.map(TokioIo::new) }
+    });
+    Endpoint::from_shared(origin.to_owned())?
         .connect_timeout(CONNECT_TIMEOUT)
         .connect_with_connector(connect)
         .await
@@ -108,7 +120,11 @@ pub async fn channel(
 /// # Errors
 ///
 /// `HTTP 403` and the like when the upgrade is refused; else what went wrong.
-pub async fn websocket(address: SocketAddr, url: &str, message: &str) -> Result<String, Error> {
+pub async fn websocket(
+    address: impl ToSocketAddrs,
+    url: &str,
+    message: &str,
+) -> Result<String, Error> {
     let stream = connect(address).await?;
     let (mut socket, _answer) = match tokio_tungstenite::client_async(url, stream).await {
         Err(tungstenite::Error::Http(answer)) => {
@@ -128,7 +144,7 @@ pub async fn websocket(address: SocketAddr, url: &str, message: &str) -> Result<
 /// # Errors
 ///
 /// When the connection fails, or is closed before an answer.
-pub async fn converse(address: SocketAddr, lines: &[&str]) -> std::io::Result<Vec<String>> {
+pub async fn converse(address: impl ToSocketAddrs, lines: &[&str]) -> std::io::Result<Vec<String>> {
     let mut stream = BufReader::new(connect(address).await?);
     let mut said = vec![hear(&mut stream).await?];
     for line in lines {
@@ -140,7 +156,7 @@ pub async fn converse(address: SocketAddr, lines: &[&str]) -> std::io::Result<Ve
 }
 
 /// A call is several small writes; with Nagle's algorithm each may wait 40 ms for the one before.
-async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+async fn connect(address: impl ToSocketAddrs) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(stream)

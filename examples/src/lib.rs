@@ -1,8 +1,9 @@
 //! The sample shop: real REST, gRPC, WebSocket and TCP servers, and the mesh around them.
 //!
-//! Invariant: no service knows that it is in a mesh. `web` reaches the others only through the
-//! addresses of its own sidecar; nothing here calls another service directly.
+//! Invariant: no service knows that it is in a mesh. `web` reaches the others only at the addresses
+//! that it is given; nothing here goes round a sidecar.
 
+pub mod ask;
 pub mod calls;
 pub mod client;
 pub mod mesh;
@@ -20,6 +21,11 @@ pub mod proto {
         reason = "generated code; the contract is documented in the .proto file"
     )]
     tonic::include_proto!("shop.v1");
+
+    /// What the kubelet asks for in a gRPC probe, from `proto/grpc/health/v1/health.proto`.
+    pub mod health {
+        tonic::include_proto!("grpc.health.v1");
+    }
 
     /// The encoded descriptor set that server reflection answers from.
     pub const DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shop.bin"));

@@ -159,9 +159,12 @@ impl Shop {
             .upstream(to_ledger);
         let config = mesh.sidecar_config(&member).await?;
         let beside = mesh.add(config)?;
+        let outbound = beside.sidecar.addresses().outbound.to_string();
+        let to_ledger = upstream(beside, LEDGER).ok_or(ShopError::Missing("shop/web"))?;
         let reach = web::Reach {
-            outbound: beside.sidecar.addresses().outbound,
-            ledger: upstream(beside, LEDGER).ok_or(ShopError::Missing("shop/web"))?,
+            orders: outbound.clone(),
+            inventory: outbound,
+            ledger: to_ledger.to_string(),
         };
         let web = listen("web", async { web::serve(listener, reach) }).await?;
         write_resources(&mesh).await?;

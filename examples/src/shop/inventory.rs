@@ -13,6 +13,9 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Running, start};
+use crate::proto::health::health_check_response::ServingStatus;
+use crate::proto::health::health_server::{Health, HealthServer};
+use crate::proto::health::{HealthCheckRequest, HealthCheckResponse};
 use crate::proto::inventory_server::{Inventory, InventoryServer};
 use crate::proto::{
     DESCRIPTOR, GetRequest, Level, Reservation, ReserveRequest, RestockRequest, RestockResponse,
@@ -22,6 +25,7 @@ use crate::proto::{
 /// Different SKUs kept at once; restocking another is refused with `RESOURCE_EXHAUSTED`.
 const SKUS_MAX: usize = 10_000;
 
+type HealthStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
 type LevelStream = Pin<Box<dyn Stream<Item = Result<Level, Status>> + Send>>;
 type ReservationStream = Pin<Box<dyn Stream<Item = Result<Reservation, Status>> + Send>>;
 
@@ -42,6 +46,7 @@ pub async fn serve(listen: SocketAddr) -> io::Result<Running> {
     let stock = Stock::with([("tea", 100), ("cup", 12), ("pot", 3)]);
     let router = tonic::transport::Server::builder()
         .add_service(InventoryServer::new(stock))
+        .add_service(HealthServer::new(Serving))
         .add_service(reflection)
         .add_service(reflection_alpha);
     start(listen, |listener, stop| async move {
@@ -55,6 +60,41 @@ pub async fn serve(listen: SocketAddr) -> io::Result<Running> {
         }
     })
     .await
+}
+
+/// Says that the inventory takes calls, which is so for as long as somebody can ask.
+struct Serving;
+
+impl Serving {
+    fn of(service: &str) -> Result<HealthCheckResponse, Status> {
+        match service {
+            "" | "shop.v1.Inventory" => Ok(HealthCheckResponse {
+                status: ServingStatus::Serving.into(),
+            }),
+            other => Err(Status::not_found(format!("no service {other:?}"))),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Health for Serving {
+    type WatchStream = HealthStream;
+
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        Self::of(&request.into_inner().service).map(Response::new)
+    }
+
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthStream>, Status> {
+        let now = Self::of(&request.into_inner().service)?;
+        let changes = tokio_stream::once(Ok(now)).chain(tokio_stream::pending());
+        Ok(Response::new(Box::pin(changes)))
+    }
 }
 
 #[derive(Clone)]

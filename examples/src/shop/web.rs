@@ -1,7 +1,7 @@
-//! `web`: calls the three others, each through the addresses of its own sidecar.
+//! `web`: calls the three others, each at the address that it was given.
 
 use std::io;
-use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Path, State};
@@ -20,13 +20,19 @@ use crate::proto::inventory_client::InventoryClient;
 /// Longest wait for one of the three services.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How `web` reaches the others.
-#[derive(Clone, Copy, Debug)]
+/// How `web` reaches the others: `HOST:PORT` each.
+///
+/// In a cluster these are the services' own names, and the pod's sidecar takes the connections
+/// wherever they go. Elsewhere they are listeners of its sidecar: HTTP and gRPC say the service by
+/// authority, and one port is bound to `ledger`.
+#[derive(Clone, Debug)]
 pub struct Reach {
-    /// The outbound listener of its sidecar.
-    pub outbound: SocketAddr,
-    /// The port of its sidecar that is bound to `ledger`.
-    pub ledger: SocketAddr,
+    /// Where `orders` is asked.
+    pub orders: String,
+    /// Where `inventory` is asked.
+    pub inventory: String,
+    /// Where `ledger` is asked.
+    pub ledger: String,
 }
 
 /// What `GET /checkout/{id}` answers.
@@ -84,7 +90,7 @@ pub fn serve(listener: TcpListener, reach: Reach) -> io::Result<Running> {
     let router = Router::new()
         .route("/checkout/{id}", get(checkout))
         .route("/healthz", get(async || "ok\n"))
-        .with_state(reach);
+        .with_state(Arc::new(reach));
     start_on(listener, |listener, stop| async move {
         let served = axum::serve(listener, router)
             .with_graceful_shutdown(stop.cancelled_owned())
@@ -96,16 +102,16 @@ pub fn serve(listener: TcpListener, reach: Reach) -> io::Result<Running> {
 }
 
 async fn checkout(
-    State(reach): State<Reach>,
+    State(reach): State<Arc<Reach>>,
     Path(id): Path<u64>,
 ) -> Result<Json<Checkout>, CheckoutError> {
-    let order = within("orders", order(reach.outbound, id)).await?;
+    let order = within("orders", order(&reach.orders, id)).await?;
     let item = order
         .get("item")
         .and_then(|item| item.as_str())
         .unwrap_or_default();
-    let in_stock = within("inventory", in_stock(reach.outbound, item)).await?;
-    let balance = within("ledger", book(reach.ledger, item)).await?;
+    let in_stock = within("inventory", in_stock(&reach.inventory, item)).await?;
+    let balance = within("ledger", book(&reach.ledger, item)).await?;
     Ok(Json(Checkout {
         order,
         in_stock,
@@ -125,9 +131,9 @@ async fn within<T>(
         })
 }
 
-async fn order(outbound: SocketAddr, id: u64) -> Result<serde_json::Value, CheckoutError> {
+async fn order(address: &str, id: u64) -> Result<serde_json::Value, CheckoutError> {
     let unreachable = CheckoutError::unreachable("orders");
-    let answer = client::get(outbound, "orders.shop", &format!("/orders/{id}"), &[])
+    let answer = client::get(address, "orders.shop", &format!("/orders/{id}"), &[])
         .await
         .map_err(unreachable)?;
     if answer.status != StatusCode::OK {
@@ -137,8 +143,8 @@ async fn order(outbound: SocketAddr, id: u64) -> Result<serde_json::Value, Check
         .map_err(|error| CheckoutError::unreachable("orders")(error.into()))
 }
 
-async fn in_stock(outbound: SocketAddr, sku: &str) -> Result<u64, CheckoutError> {
-    let channel = client::channel(outbound, "http://inventory.shop")
+async fn in_stock(address: &str, sku: &str) -> Result<u64, CheckoutError> {
+    let channel = client::channel(address.to_owned(), "http://inventory.shop")
         .await
         .map_err(|error| CheckoutError::unreachable("inventory")(error.into()))?;
     let request = GetRequest {
@@ -152,8 +158,8 @@ async fn in_stock(outbound: SocketAddr, sku: &str) -> Result<u64, CheckoutError>
 }
 
 /// Books one piece of `item` and returns how many were booked so far.
-async fn book(ledger: SocketAddr, item: &str) -> Result<i64, CheckoutError> {
-    let said = client::converse(ledger, &[&format!("ADD {item} 1")])
+async fn book(address: &str, item: &str) -> Result<i64, CheckoutError> {
+    let said = client::converse(address, &[&format!("ADD {item} 1")])
         .await
         .map_err(|error| CheckoutError::unreachable("ledger")(error.into()))?;
     let answer = said.into_iter().nth(1).unwrap_or_default();
