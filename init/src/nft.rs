@@ -56,10 +56,10 @@ fn print_match(condition: &Match, family: Family) -> String {
         Match::FromLoopback => "iifname \"lo\"".to_owned(),
         Match::Established => "ct state established".to_owned(),
         Match::Icmp => match family {
-            Family::V4 => "meta l4proto icmp".to_owned(),
-            Family::V6 => "meta l4proto ipv6-icmp".to_owned(),
+            Family::V4 => "meta l4proto 1".to_owned(),
+            Family::V6 => "meta l4proto 58".to_owned(),
         },
-        Match::Tcp => "meta l4proto tcp".to_owned(),
+        Match::Tcp => "meta l4proto 6".to_owned(),
         Match::TcpTo(ports) => format!("tcp dport {}", set(ports)),
         Match::TcpOpens => "tcp flags & (fin | syn | rst | ack) == syn".to_owned(),
         Match::UdpTo(ports) => format!("udp dport {}", set(ports)),
