@@ -27,6 +27,8 @@ pub struct Routes {
     /// By every host that means a service, from the workload's own namespace.
     by_host: HashMap<Box<str>, Arc<Service>>,
     by_name: HashMap<ServiceName, Arc<Service>>,
+    /// Of every service that has a traffic policy, known here or not.
+    traffic: HashMap<ServiceName, Arc<Traffic>>,
 }
 
 #[derive(Debug)]
@@ -199,7 +201,14 @@ impl Routes {
             }
             routes.by_name.insert(name, service);
         }
+        routes.traffic = traffic;
         (routes, problems)
+    }
+
+    /// How a service is called: by its traffic policy, also where its endpoints come from elsewhere
+    /// than the resources, as in a cluster.
+    pub fn traffic(&self, name: &ServiceName) -> Arc<Traffic> {
+        self.traffic.get(name).cloned().unwrap_or_default()
     }
 
     /// The route that an authority means.
@@ -342,7 +351,8 @@ fn traffic_by_service(set: &ResourceSet) -> (HashMap<ServiceName, Arc<Traffic>>,
         let exists = set.services.iter().any(|found| {
             found.metadata.namespace == service.namespace && found.metadata.name == service.name
         });
-        if !exists {
+        // In a cluster no service is a resource of ours, and this is not for us to judge.
+        if !exists && !set.services.is_empty() {
             warn(
                 format!("there is no service {service}"),
                 "write the name of a service of the policy's own namespace",

@@ -4,7 +4,6 @@
 //! sidecar, since a renewal or a policy change that silently stops is worse than a restart.
 
 use std::net::TcpListener as StdListener;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
@@ -24,8 +23,9 @@ use crate::config::Source;
 use crate::health::Health;
 use crate::responder;
 use crate::shared::Shared;
-use crate::source::FolderSource;
+use crate::source::controller::ControllerSource;
 use crate::source::folder::Folder;
+use crate::source::{AnySource, FolderSource};
 use crate::worker::Addresses;
 
 /// How often metrics follow what is counted elsewhere.
@@ -172,20 +172,19 @@ impl Control {
         }
     }
 
-    fn source(&self) -> FolderSource {
+    fn source(&self) -> AnySource {
         let shared = &self.shared;
-        let path = match shared.config.source() {
-            Source::Folder(path) => path,
-            Source::Controller(_) => PathBuf::new(),
-        };
-        let folder = Folder::new(path, &shared.config.limits, Arc::clone(&shared.clock));
-        FolderSource::new(
-            folder,
-            Arc::clone(&shared.workload),
-            shared.state.clone(),
-            Arc::clone(&shared.metrics),
-            Arc::clone(&shared.clock),
-        )
+        match shared.config.source() {
+            Source::Folder(path) => {
+                let limits = &shared.config.limits;
+                let folder = Folder::new(path, limits, Arc::clone(&shared.clock));
+                AnySource::Folder(Box::new(FolderSource::new(folder, shared)))
+            }
+            Source::Controller(address) => {
+                let source = ControllerSource::new(address, Arc::clone(shared));
+                AnySource::Controller(Box::new(source))
+            }
+        }
     }
 }
 

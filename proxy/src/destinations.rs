@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -67,6 +68,7 @@ pub struct Destinations {
     table: Mutex<Table>,
     changed: Notify,
     zone: ArcSwapOption<Arc<str>>,
+    connected: AtomicBool,
     bounds: Bounds,
     clock: Arc<dyn Clock>,
     refused: Counter,
@@ -81,12 +83,16 @@ struct Bounds {
 #[derive(Default)]
 struct Table {
     entries: HashMap<SocketAddr, Entry>,
-    /// What the controller has not been told yet: each of these is subscribed to when there is an
-    /// entry for it, and unsubscribed from when there is none.
+    /// Where what the controller was told may differ from the entries.
     untold: BTreeSet<SocketAddr>,
+    /// Which entry the controller was told of.
+    told: HashMap<SocketAddr, u64>,
+    /// The number of the last entry.
+    last: u64,
 }
 
 struct Entry {
+    number: u64,
     /// `None`: the controller has said nothing yet.
     answer: watch::Sender<Option<Answer>>,
     used: SystemTime,
@@ -100,6 +106,7 @@ impl Destinations {
             table: Mutex::default(),
             changed: Notify::new(),
             zone: ArcSwapOption::empty(),
+            connected: AtomicBool::new(false),
             bounds: Bounds {
                 destinations: limits.destinations_max as usize,
                 idle: limits.destination_idle_timeout,
@@ -166,6 +173,23 @@ impl Destinations {
         }
     }
 
+    /// Whether a controller answers now.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Acquire)
+    }
+
+    /// Whether a controller answers. One that comes knows of no subscription: it will be told all.
+    pub(crate) fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Release);
+        if connected {
+            let mut table = self.table();
+            table.told.clear();
+            table.untold = table.entries.keys().copied().collect();
+            drop(table);
+            self.changed.notify_one();
+        }
+    }
+
     /// Gives each meshed destination the traffic policy that `traffic` finds for its service.
     pub(crate) fn set_traffic(&self, traffic: impl Fn(&ServiceName) -> Arc<Traffic>) {
         for entry in self.table().entries.values() {
@@ -195,14 +219,6 @@ impl Destinations {
             }
             changed.await;
         }
-    }
-
-    /// Begins anew with a controller that knows of no subscription: all are to be told.
-    pub(crate) fn forget_told(&self) {
-        let mut table = self.table();
-        table.untold = table.entries.keys().copied().collect();
-        drop(table);
-        self.changed.notify_one();
     }
 
     /// Every destination, for whoever must know which ones a controller still has to answer.
@@ -241,15 +257,19 @@ impl Destinations {
         }
         let now = self.clock.now();
         if table.entries.len() >= self.bounds.destinations {
+            // Without a controller nothing that is known makes room for what can't be known.
+            let connected = self.is_connected();
             let oldest = table.entries.iter().min_by_key(|(_, entry)| entry.used);
-            let oldest = oldest.filter(|(_, entry)| entry.is_unused(now, KEPT_MIN));
+            let oldest = oldest.filter(|(_, entry)| connected && entry.is_unused(now, KEPT_MIN));
             let Some(oldest) = oldest.map(|(at, _)| *at) else {
                 self.refused.inc();
                 return false;
             };
             self.remove(table, oldest);
         }
+        table.last += 1;
         let entry = Entry {
+            number: table.last,
             answer: watch::Sender::new(None),
             used: now,
             waiting: 0,
@@ -265,7 +285,6 @@ impl Destinations {
     }
 
     fn tell(&self, table: &mut Table, at: SocketAddr) {
-        // Told twice or not at all is the same to the controller: what counts is the last word.
         table.untold.insert(at);
         self.known
             .set(i64::try_from(table.entries.len()).unwrap_or(i64::MAX));
@@ -279,12 +298,25 @@ impl Destinations {
 
 impl Table {
     fn next_change(&mut self) -> Option<Change> {
-        let at = self.untold.pop_first()?;
-        Some(if self.entries.contains_key(&at) {
-            Change::Subscribe(at)
-        } else {
-            Change::Unsubscribe(at)
-        })
+        loop {
+            let at = *self.untold.first()?;
+            let (told, entry) = (self.told.get(&at), self.entries.get(&at));
+            match (told, entry) {
+                (None, Some(entry)) => {
+                    self.told.insert(at, entry.number);
+                    self.untold.remove(&at);
+                    return Some(Change::Subscribe(at));
+                }
+                // Another entry than the one that was told of waits for an answer of its own.
+                (Some(told), entry) if entry.is_none_or(|entry| entry.number != *told) => {
+                    self.told.remove(&at);
+                    return Some(Change::Unsubscribe(at));
+                }
+                _ => {
+                    self.untold.remove(&at);
+                }
+            }
+        }
     }
 }
 

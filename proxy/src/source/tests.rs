@@ -32,7 +32,27 @@ spec:
     - { address: \"127.0.0.1:21006\", identity: { workload: { serviceAccount: orders } } }
 ";
 
-fn source() -> FolderSource {
+struct Source(FolderSource);
+
+impl std::ops::Deref for Source {
+    type Target = Publisher;
+
+    fn deref(&self) -> &Publisher {
+        &self.0.publisher
+    }
+}
+
+impl Source {
+    fn apply(&mut self, files: &Files) {
+        self.0.apply(files);
+    }
+
+    fn lose(&self, lost: &Lost) {
+        self.0.lose(lost);
+    }
+}
+
+fn source() -> Source {
     let trust_domain: TrustDomain = "mesh.local".parse().unwrap();
     let workload = Workload {
         id: SpiffeId::for_workload(&trust_domain, "shop", "orders").unwrap(),
@@ -49,13 +69,16 @@ fn source() -> FolderSource {
         Arc::clone(&clock),
     );
     let metrics = Metrics::new(&mut Registry::default(), 100);
-    FolderSource::new(
-        folder,
-        Arc::new(workload),
-        State::new(),
-        Arc::new(metrics),
+    let publisher = Publisher {
+        store: ResourceStore::new(),
+        workload: Arc::new(workload),
+        state: State::new(),
+        metrics: Arc::new(metrics),
         clock,
-    )
+        report: Report::default(),
+        reported: HashSet::new(),
+    };
+    Source(FolderSource { folder, publisher })
 }
 
 fn files(files: &[(&str, &str)]) -> Files {
@@ -66,7 +89,7 @@ fn files(files: &[(&str, &str)]) -> Files {
         .collect()
 }
 
-fn policies(source: &FolderSource) -> Vec<Option<String>> {
+fn policies(source: &Source) -> Vec<Option<String>> {
     let policies = &source.report().current().resources.policies;
     let rules = policies.iter().flat_map(|policy| &policy.spec.rules);
     rules.map(|rule| rule.name.clone()).collect()
