@@ -15,12 +15,13 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use sidegate_mesh::resource::Metadata;
 use sidegate_mesh::store::{BrokenResource, ResourceSet};
-use sidegate_mesh::{Snapshot, Workload, policy};
+use sidegate_mesh::{Route, Snapshot, Workload, policy};
 use sidegate_mtls::IdentityStatus;
 
 use crate::call::rfc3339;
+use crate::destinations;
 use crate::health;
-use crate::responder::{Answer, Respond, answer, refuse_writing, words};
+use crate::responder::{Answer, Reply, Respond, answer, refuse_writing, words};
 use crate::shared::Shared;
 use crate::source::Report;
 use crate::worker::Addresses;
@@ -33,7 +34,7 @@ pub(crate) struct Admin {
     pub(crate) identity: Arc<IdentityStatus>,
 }
 
-const PAGES: [(&str, &str); 5] = [
+const PAGES: [(&str, &str); 6] = [
     ("/config", "the configuration in force, secrets redacted"),
     (
         "/snapshot",
@@ -47,30 +48,35 @@ const PAGES: [(&str, &str); 5] = [
         "/connections",
         "open inbound connections and the calls on them",
     ),
+    (
+        "/destinations",
+        "in a cluster: the addresses that the application calls, and whose they are",
+    ),
     ("/denials", "the latest refusals, newest last"),
 ];
 
 impl Respond for Admin {
-    fn respond(&self, request: &Parts) -> Answer {
-        if let Some(refusal) = refuse_strangers(request, self.addresses.admin) {
-            return refusal;
-        }
-        if let Some(refusal) = refuse_writing(request) {
-            return refusal;
-        }
-        match request.uri.path() {
-            "/" => page(&PAGES.into_iter().collect::<BTreeMap<_, _>>()),
-            "/config" => page(&self.config()),
-            "/snapshot" => page(&self.snapshot()),
-            "/certs" => page(&self.certificates()),
-            "/connections" => page(&self.shared.connections.list()),
-            "/denials" => page(&self.denials()),
-            _ => words(StatusCode::NOT_FOUND, "see / for what there is"),
-        }
+    fn respond(&self, request: &Parts) -> Reply {
+        let refusal = refuse_strangers(request, self.addresses.admin);
+        let refusal = refusal.or_else(|| refuse_writing(request));
+        refusal.unwrap_or_else(|| self.answer(request)).into()
     }
 }
 
 impl Admin {
+    fn answer(&self, request: &Parts) -> Answer {
+        match request.uri.path() {
+            "/" => page(&PAGES.into_iter().collect::<BTreeMap<_, _>>()),
+            "/config" => page(&self.config()),
+            "/snapshot" => page(&self.snapshot()),
+            "/certs" | "/certificates" => page(&self.certificates()),
+            "/connections" => page(&self.shared.connections.list()),
+            "/destinations" => page(&self.destinations()),
+            "/denials" => page(&self.denials()),
+            _ => words(StatusCode::NOT_FOUND, "see / for what there is"),
+        }
+    }
+
     fn config(&self) -> Value {
         let upstreams = self.addresses.upstreams.iter();
         let upstreams: BTreeMap<String, SocketAddr> = upstreams
@@ -93,15 +99,20 @@ impl Admin {
         let reading = self.report.current();
         let missing = health::missing(&self.shared).into_iter();
         let snapshot = self.shared.state.current();
+        // Its labels and its enforcement may have changed since the start.
+        let workload = reading.workload.as_ref().unwrap_or(&self.shared.workload);
         json!({
             "number": snapshot.as_ref().map(|snapshot| snapshot.number),
             "missing": missing.map(health::Missing::as_str).collect::<Vec<_>>(),
             "folder": self.shared.config.resources,
+            "controller": self.shared.config.controller,
             "readAt": reading.read_at.map(rfc3339),
             "lost": reading.lost,
             "problems": reading.problems,
             "resources": resources(&reading.resources),
-            "policies": policies(&reading.resources, &self.shared.workload),
+            "labels": workload.labels,
+            "enforcement": workload.enforcement,
+            "policies": policies(&reading.resources, workload),
             "routes": snapshot.as_deref().map(routes),
         })
     }
@@ -143,6 +154,24 @@ impl Admin {
             "certificate": certificate,
             "bundle": bundle,
             "renewals": self.renewals(),
+        })
+    }
+
+    fn destinations(&self) -> Value {
+        let Some(destinations) = &self.shared.destinations else {
+            return Value::Null;
+        };
+        let list = destinations.list().into_iter().map(|(at, answer)| {
+            let mut entry = destination(answer.as_ref());
+            if let Some(entry) = entry.as_object_mut() {
+                entry.insert("destination".to_owned(), json!(at));
+            }
+            entry
+        });
+        json!({
+            "connected": destinations.is_connected(),
+            "zone": destinations.zone(),
+            "destinations": list.collect::<Vec<_>>(),
         })
     }
 
@@ -241,17 +270,35 @@ fn policies(set: &ResourceSet, workload: &Workload) -> Vec<Value> {
 
 fn routes(snapshot: &Snapshot) -> Vec<Value> {
     let routes = snapshot.routes.all().into_iter();
-    let route = |route: &Arc<sidegate_mesh::Route>| {
-        let endpoints = route.endpoints.iter();
-        let endpoints =
-            endpoints.map(|at| json!({ "address": at.address, "identity": at.identity }));
-        json!({
-            "service": &*route.service,
-            "targetPort": route.target_port,
-            "endpoints": endpoints.collect::<Vec<_>>(),
-        })
-    };
-    routes.map(route).collect()
+    routes.map(|found| route(found)).collect()
+}
+
+fn route(route: &Route) -> Value {
+    json!({
+        "service": &*route.service,
+        "targetPort": route.target_port,
+        "endpoints": &*route.endpoints,
+    })
+}
+
+/// What the controller said of one destination.
+fn destination(answer: Option<&destinations::Answer>) -> Value {
+    use destinations::{Answer, Destination};
+    match answer {
+        Some(Answer::Known(Destination::Meshed(found))) => {
+            let mut entry = route(found);
+            if let Some(entry) = entry.as_object_mut() {
+                entry.insert("kind".to_owned(), json!("meshed"));
+                entry.insert("protocol".to_owned(), json!(found.protocol));
+            }
+            entry
+        }
+        Some(Answer::Known(Destination::External { refused })) => {
+            json!({ "kind": "external", "refused": refused })
+        }
+        Some(Answer::Unknown) => json!({ "kind": "unknown" }),
+        None => json!({ "kind": "waiting" }),
+    }
 }
 
 fn page(document: &impl Serialize) -> Answer {

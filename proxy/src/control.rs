@@ -21,7 +21,8 @@ use tokio_util::task::TaskTracker;
 use crate::admin::Admin;
 use crate::config::Source;
 use crate::health::Health;
-use crate::responder;
+use crate::probes::Probes;
+use crate::responder::{self, CONNECTION_LIFE_MAX};
 use crate::shared::Shared;
 use crate::source::controller::ControllerSource;
 use crate::source::folder::Folder;
@@ -123,21 +124,28 @@ impl Control {
             report: source.report(),
             identity: Arc::clone(&status),
         };
+        let probes = Probes::new(&self.shared).map(Arc::new);
+        let health_life = probes.as_ref().map_or(CONNECTION_LIFE_MAX, |probes| {
+            CONNECTION_LIFE_MAX.max(probes.longest() + CONNECTION_LIFE_MAX)
+        });
         let health = Health {
             shared: Arc::clone(&self.shared),
             registry: Arc::clone(&self.registry),
+            probes,
         };
         let limits = &self.shared.limits;
         let admin = responder::serve(
             TcpListener::from_std(self.admin.try_clone()?)?,
             Arc::new(admin),
             limits.admin_connections.clone(),
+            CONNECTION_LIFE_MAX,
             stop.clone(),
         );
         let health = responder::serve(
             TcpListener::from_std(self.health.try_clone()?)?,
             Arc::new(health),
             limits.health_connections.clone(),
+            health_life,
             stop.clone(),
         );
         let mut tasks = JoinSet::new();

@@ -112,7 +112,7 @@ impl Destinations {
                 idle: limits.destination_idle_timeout,
             },
             clock,
-            refused: metrics.limit_refusals("destinationsMax"),
+            refused: metrics.limit_refusals("destinations"),
             known: metrics.destinations.clone(),
         }
     }

@@ -1,4 +1,4 @@
-//! The health port: is it ready, does it live, what did it count.
+//! The health port: is it ready, does it live, what did it count, and the application's probes.
 //!
 //! Invariant: ready means that calls are served as they should be: an SVID in date, a bundle that
 //! it chains to, a complete snapshot, and no drain.
@@ -10,7 +10,8 @@ use http::request::Parts;
 use prometheus_client::registry::Registry;
 
 use crate::metrics;
-use crate::responder::{Answer, Respond, answer, refuse_writing, words};
+use crate::probes::Probes;
+use crate::responder::{Answer, Reply, Respond, answer, refuse_writing, words};
 use crate::shared::Shared;
 
 /// Something without which the sidecar serves nothing.
@@ -22,6 +23,8 @@ pub enum Missing {
     SvidExpired,
     /// No bundle that its own certificate chains to.
     Bundle,
+    /// In a cluster: no controller answered yet.
+    Controller,
     /// The resources were not read yet.
     Snapshot,
     /// It drains.
@@ -35,6 +38,7 @@ impl Missing {
             Self::Svid => "no SVID yet",
             Self::SvidExpired => "the SVID has expired",
             Self::Bundle => "no bundle that the SVID chains to",
+            Self::Controller => "no controller answers yet",
             Self::Snapshot => "no complete snapshot of the resources yet",
             Self::Draining => "draining",
         }
@@ -55,6 +59,10 @@ pub fn missing(shared: &Shared) -> Vec<Missing> {
         Some(_) => {}
     }
     if shared.state.current().is_none() {
+        let destinations = shared.destinations.as_ref();
+        if destinations.is_some_and(|destinations| !destinations.is_connected()) {
+            missing.push(Missing::Controller);
+        }
         missing.push(Missing::Snapshot);
     }
     if shared.drain.is_draining() {
@@ -67,14 +75,19 @@ pub fn missing(shared: &Shared) -> Vec<Missing> {
 pub(crate) struct Health {
     pub(crate) shared: Arc<Shared>,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) probes: Option<Arc<Probes>>,
 }
 
 impl Respond for Health {
-    fn respond(&self, request: &Parts) -> Answer {
+    fn respond(&self, request: &Parts) -> Reply {
         if let Some(refusal) = refuse_writing(request) {
-            return refusal;
+            return refusal.into();
         }
-        match request.uri.path() {
+        let probes = self.probes.as_ref();
+        if let Some(reply) = probes.and_then(|probes| probes.respond(request)) {
+            return reply;
+        }
+        let answer = match request.uri.path() {
             "/readyz" => self.ready(),
             "/livez" => words(StatusCode::OK, "alive"),
             "/metrics" => self.metrics(),
@@ -82,7 +95,8 @@ impl Respond for Health {
                 StatusCode::NOT_FOUND,
                 "there are /readyz, /livez and /metrics",
             ),
-        }
+        };
+        answer.into()
     }
 }
 

@@ -25,6 +25,7 @@ pub mod metrics;
 pub mod original;
 pub mod outbound;
 pub mod pool;
+mod probes;
 pub mod refusal;
 pub mod relay;
 mod responder;

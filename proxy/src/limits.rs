@@ -41,6 +41,8 @@ pub struct Limits {
     pub admin_connections: Limit,
     /// Connections to the health port.
     pub health_connections: Limit,
+    /// Probes and lifecycle hooks of the application.
+    pub probes: Limit,
 }
 
 impl Limits {
@@ -67,6 +69,7 @@ impl Limits {
             ),
             admin_connections: limit("admin_connections", config.admin_connections_max),
             health_connections: limit("health_connections", config.health_connections_max),
+            probes: limit("probes", config.probes_max),
         }
     }
 

@@ -27,7 +27,9 @@ const WRONG_USAGE: u8 = 2;
     name = "sidegate-proxy",
     version,
     args_conflicts_with_subcommands = true,
-    after_help = "Example: sidegate-proxy --config orders.yaml"
+    after_help = "Example: sidegate-proxy --config orders.yaml\n\nWithout --config the configuration \
+                  is read from the environment, where the injector puts it: SIDEGATE_CONFIG, \
+                  POD_NAME, POD_UID, POD_IPS, NODE_NAME."
 )]
 struct Cli {
     #[command(flatten)]
@@ -38,11 +40,11 @@ struct Cli {
 
 #[derive(Args, Debug)]
 struct Run {
-    /// The configuration, YAML.
+    /// The configuration, YAML; without it, SIDEGATE_CONFIG holds it.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print the configuration with every default, secrets redacted, and exit.
-    #[arg(long, requires = "config")]
+    #[arg(long)]
     print_config: bool,
 }
 
@@ -79,10 +81,7 @@ fn main() -> ExitCode {
     let done = match (cli.command, cli.run.config) {
         (Some(Command::Wait { timeout, url }), _) => wait_for(&url, timeout),
         (Some(Command::Version { output }), _) => print(&version(output)),
-        (None, Some(config)) => return run(&config, cli.run.print_config),
-        (None, None) => {
-            return fail(WRONG_USAGE, "--config FILE is needed; see --help");
-        }
+        (None, file) => return run(file.as_deref(), cli.run.print_config),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -90,8 +89,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(path: &Path, print_only: bool) -> ExitCode {
-    let config = match Config::from_file(path) {
+fn run(file: Option<&Path>, print_only: bool) -> ExitCode {
+    let config = match file {
+        Some(path) => Config::from_file(path),
+        None if std::env::var_os("SIDEGATE_CONFIG").is_some() => {
+            Config::from_environment(|name| std::env::var(name).ok())
+        }
+        None => return fail(WRONG_USAGE, "--config FILE is needed; see --help"),
+    };
+    let config = match config {
         Ok(config) => config,
         Err(error) => return fail(WRONG_USAGE, &format!("{:#}", anyhow::Error::new(error))),
     };

@@ -11,8 +11,9 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-/// Pause between two questions.
-const PAUSE: Duration = Duration::from_millis(100);
+/// The pause after the first question, and the longest one: a container waits for this, and most of
+/// the time not for long.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 /// Longest time of one question.
 const ASK_MAX: Duration = Duration::from_secs(5);
 /// Bytes of an answer.
@@ -45,6 +46,7 @@ pub enum WaitError {
 pub async fn until_ready(url: &str, timeout: Duration) -> Result<(), WaitError> {
     let uri = parse(url)?;
     let begin = Instant::now();
+    let mut pause = PAUSE.0;
     let mut last = "nothing answered".to_owned();
     while begin.elapsed() < timeout {
         let left = timeout.saturating_sub(begin.elapsed()).min(ASK_MAX);
@@ -54,7 +56,8 @@ pub async fn until_ready(url: &str, timeout: Duration) -> Result<(), WaitError> 
             Ok(Err(error)) => last = error.to_string(),
             Err(_) => "no answer in time".clone_into(&mut last),
         }
-        tokio::time::sleep(PAUSE.min(timeout.saturating_sub(begin.elapsed()))).await;
+        tokio::time::sleep(pause.min(timeout.saturating_sub(begin.elapsed()))).await;
+        pause = (pause + pause / 4).min(PAUSE.1);
     }
     Err(WaitError::Timeout {
         after: timeout,

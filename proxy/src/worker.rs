@@ -1,10 +1,11 @@
 //! Listeners and worker threads.
 //!
 //! Invariants: the first bind of a listener is exclusive, so that two processes never share a port
-//! silently; more than one worker shares it through `SO_REUSEPORT`; a worker runs until the drain
-//! has closed.
+//! silently; more than one worker shares it through `SO_REUSEPORT`; where IPv6 is off, IPv4 alone
+//! does; a worker runs until the drain has closed.
 
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::task::LocalSet;
 
-use crate::config::{Config, ServicePort};
+use crate::config::{Config, Destination, ServicePort};
 use crate::drain::Phase;
 use crate::inbound;
 use crate::outbound::{BoundService, Outbound};
@@ -36,14 +37,15 @@ pub struct BindError {
     /// The address that it gives.
     pub address: SocketAddr,
     /// What the system said.
-    pub source: std::io::Error,
+    pub source: io::Error,
 }
 
 /// The listeners of one worker.
 #[derive(Debug)]
 pub(crate) struct Listeners {
     inbound: StdListener,
-    outbound: StdListener,
+    /// Of IPv4 and, where calls are redirected here, of IPv6.
+    outbound: Vec<StdListener>,
     upstreams: Vec<(ServicePort, StdListener)>,
 }
 
@@ -80,6 +82,7 @@ pub(crate) fn bind(config: &Config) -> Result<Bound, BindError> {
     let workers = config.workers;
     let mut inbound = listen("inbound.address", config.inbound.address, workers)?;
     let mut outbound = listen("outbound.address", config.outbound.address, workers)?;
+    let mut outbound_v6 = listen_v6(config, &outbound)?;
     let mut admin = listen("admin.address", config.admin.address, 1)?;
     let mut health = listen("health.address", config.health.address, 1)?;
     let mut upstreams = Vec::new();
@@ -102,7 +105,10 @@ pub(crate) fn bind(config: &Config) -> Result<Bound, BindError> {
     for _ in 0..workers {
         of_workers.push(Listeners {
             inbound: inbound.take()?,
-            outbound: outbound.take()?,
+            outbound: std::iter::once(&mut outbound)
+                .chain(outbound_v6.as_mut())
+                .map(Group::take)
+                .collect::<Result<_, BindError>>()?,
             upstreams: upstreams
                 .iter_mut()
                 .map(|(service, group)| Ok((service.clone(), group.take()?)))
@@ -129,12 +135,44 @@ impl Group {
         self.listeners.pop().ok_or_else(|| BindError {
             key: self.key.clone(),
             address: self.address,
-            source: std::io::Error::other("one listener too few was opened"),
+            source: io::Error::other("one listener too few was opened"),
         })
     }
 }
 
+/// Redirected calls arrive at the loopback address of their own family, so there are two. The port
+/// is the same; where there is no IPv6, no call comes by it.
+fn listen_v6(config: &Config, outbound: &Group) -> Result<Option<Group>, BindError> {
+    let redirected = config.destination() == Destination::Original;
+    if !redirected || outbound.address.ip() != Ipv4Addr::LOCALHOST {
+        return Ok(None);
+    }
+    let address = SocketAddr::from((Ipv6Addr::LOCALHOST, outbound.address.port()));
+    match listen("outbound.address", address, config.workers) {
+        Ok(group) => Ok(Some(group)),
+        Err(error) if is_without_v6(&error.source) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the system has no IPv6, or no address of it.
+fn is_without_v6(error: &io::Error) -> bool {
+    const EAFNOSUPPORT: i32 = 97;
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(EAFNOSUPPORT)
+}
+
+/// Listens, for both families where `address` is any of IPv6; where there is no IPv6, for the other.
 fn listen(key: &str, address: SocketAddr, workers: usize) -> Result<Group, BindError> {
+    let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+    match listen_at(key, address, workers) {
+        Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && is_without_v6(&error.source) => {
+            listen_at(key, v4, workers)
+        }
+        done => done,
+    }
+}
+
+fn listen_at(key: &str, address: SocketAddr, workers: usize) -> Result<Group, BindError> {
     let failed = |source| BindError {
         key: key.to_owned(),
         address,
@@ -161,7 +199,7 @@ fn listen(key: &str, address: SocketAddr, workers: usize) -> Result<Group, BindE
     })
 }
 
-fn open(address: SocketAddr, shared: bool) -> std::io::Result<StdListener> {
+fn open(address: SocketAddr, shared: bool) -> io::Result<StdListener> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM,
@@ -171,6 +209,10 @@ fn open(address: SocketAddr, shared: bool) -> std::io::Result<StdListener> {
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
     socket.set_nonblocking(true)?;
+    if address.is_ipv6() {
+        // Whatever the system's own default is: any address of IPv6 means any of IPv4 too.
+        socket.set_only_v6(address.ip() != Ipv6Addr::UNSPECIFIED)?;
+    }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -195,14 +237,16 @@ pub(crate) fn run(listeners: Listeners, shared: &Arc<Shared>) -> Result<(), Stri
 }
 
 async fn serve(listeners: Listeners, shared: &Arc<Shared>) -> Result<(), String> {
-    let failed = |error: std::io::Error| error.to_string();
+    let failed = |error: io::Error| error.to_string();
     let inbound = TcpListener::from_std(listeners.inbound).map_err(failed)?;
-    let outbound = TcpListener::from_std(listeners.outbound).map_err(failed)?;
     let (own, arrivals) = inbound::own_calls();
     let calls = Outbound::new(Arc::clone(shared), Some(own));
     let mut all: FuturesUnordered<LocalBoxFuture<'_, ()>> = FuturesUnordered::new();
     all.push(inbound::serve(inbound, Arc::clone(shared), arrivals).boxed_local());
-    all.push(accept(&calls, shared, outbound, None).boxed_local());
+    for listener in listeners.outbound {
+        let listener = TcpListener::from_std(listener).map_err(failed)?;
+        all.push(accept(&calls, shared, listener, None).boxed_local());
+    }
     for (service, listener) in listeners.upstreams {
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let bound = Some(BoundService::from(&service));

@@ -384,7 +384,10 @@ async fn live_calls_are_listed_without_query_and_leave_the_list() {
     let recv = soon(response).await.unwrap().into_body();
     let list = sidecar.shared.connections.list();
     assert_eq!(list.len(), 1);
-    assert_eq!(list[0].peer.as_deref(), Some("spiffe://mesh.local/ns/shop/sa/web"));
+    assert_eq!(
+        list[0].peer.as_deref(),
+        Some("spiffe://mesh.local/ns/shop/sa/web")
+    );
     let call = &list[0].calls[0];
     assert_eq!((call.port, &*call.method), (8080, "GET"));
     assert_eq!(call.path.as_deref(), Some("/orders/7"));
