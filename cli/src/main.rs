@@ -5,6 +5,7 @@
 mod authz;
 mod certs;
 mod demo;
+mod install;
 #[expect(dead_code, reason = "the commands on it follow")]
 mod kube;
 mod logs;
@@ -37,6 +38,7 @@ enum Command {
     Authz(authz::AuthzArgs),
     Validate(validate::ValidateArgs),
     Certs(certs::CertsArgs),
+    Install(install::InstallArgs),
     Completions(CompletionsArgs),
     Version(version::VersionArgs),
 }
@@ -72,6 +74,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Authz(arguments) => authz::run(&arguments),
         Command::Validate(arguments) => validate::run(&arguments),
         Command::Certs(arguments) => certs::run(&arguments),
+        Command::Install(arguments) => install::run(&arguments),
         Command::Version(arguments) => version::run(&arguments),
         Command::Completions(arguments) => {
             let mut script = Vec::new();

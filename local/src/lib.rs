@@ -13,6 +13,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// The CA's own configuration, for whoever writes one for it.
+pub use sidegate_ca::config as ca_config;
 use sidegate_ca::{Ca, RunningCa};
 use sidegate_mesh::{Clock, Enforcement, Snapshot, SpiffeId, SpiffeIdError, TrustDomain};
 pub use sidegate_mtls::SystemClock;
