@@ -4,7 +4,10 @@
 //! call the same function, so what is seen offline is what a cluster does.
 
 pub use config::{Config, ConfigError, Limits, Webhooks};
-pub use inject::{NamespaceFacts, Outcome, Quantity, QuantityError, Refusal, inject};
+pub use inject::{
+    NamespaceFacts, Outcome, Quantity, QuantityError, Refusal, Workload, annotations, inject,
+    inject_with, system_random, templates, uninject,
+};
 pub use settings::{Images, LogLevel, PullPolicy, Resources, Settings, SettingsError};
 
 mod config;

@@ -40,6 +40,7 @@ pub use problem::{Problem, Severity};
 pub use static_service::{
     EndpointIdentity, PortProtocol, ServiceEndpoint, ServicePort, StaticService, StaticServiceSpec,
 };
+pub use suggest::{nearest, one_of};
 pub use traffic::{
     BalancingPolicy, GrpcRetry, GrpcRetryCode, LoadBalancing, OutlierEjection, Retry,
     RetryCondition, TrafficPolicy, TrafficPolicySpec,

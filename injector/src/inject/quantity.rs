@@ -33,13 +33,18 @@ impl Quantity {
     pub fn as_str(&self) -> &str {
         &self.text
     }
+
+    /// The amount in billionths.
+    pub(crate) fn nanos(&self) -> u128 {
+        self.nanos
+    }
 }
 
 impl FromStr for Quantity {
     type Err = QuantityError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match nanos(text) {
+        match parse(text) {
             Some(nanos) if nanos > 0 => Ok(Self {
                 text: text.to_owned(),
                 nanos,
@@ -55,7 +60,7 @@ impl FromStr for Quantity {
 }
 
 /// The amount in billionths, rounded up; `None` when the text is no quantity or beyond all use.
-fn nanos(text: &str) -> Option<u128> {
+fn parse(text: &str) -> Option<u128> {
     let end = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .unwrap_or(text.len());

@@ -6,7 +6,7 @@
 const COMPARED_CHARS_MAX: usize = 64;
 
 /// The possible word nearest to what was written, when it is near enough to be meant.
-pub(crate) fn nearest<'a>(written: &str, possible: &[&'a str]) -> Option<&'a str> {
+pub fn nearest<'a>(written: &str, possible: &[&'a str]) -> Option<&'a str> {
     if written.chars().count() > COMPARED_CHARS_MAX {
         return None;
     }
@@ -21,7 +21,7 @@ pub(crate) fn nearest<'a>(written: &str, possible: &[&'a str]) -> Option<&'a str
 }
 
 /// The words for a sentence: "`a`, `b` or `c`".
-pub(crate) fn one_of(words: &[&str]) -> String {
+pub fn one_of(words: &[&str]) -> String {
     let quoted: Vec<String> = words.iter().map(|word| format!("`{word}`")).collect();
     match quoted.split_last() {
         None => "nothing".to_owned(),
