@@ -29,7 +29,7 @@ use crate::config::LimitsConfig;
 pub use client::{ClientGuard, ClientHandle};
 pub use guard::{GuardHandle, ServerGuard, UpgradeGate};
 pub use rejection::{Reason, Rejection};
-pub use serve::{Serving, cause, refused, serve};
+pub use serve::{BAD_REQUEST, Serving, cause, refused, serve};
 
 /// Most bytes that hyper may buffer of one connection: more than any head that a guard passes.
 const HYPER_BUFFER_BYTES_MAX: usize = 128 * 1024;

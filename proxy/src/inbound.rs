@@ -234,13 +234,13 @@ async fn serve_accepted(
     let Some(_permit) = permit_for(inbound, peer.id.text()) else {
         return;
     };
-    let who = Who::Peer(Box::new(peer));
+    let who = Who::Peer(peer);
     let now = inbound.shared.clock.now();
     let link = inbound.registry.register(who, address, now);
     // Registered first: trust that was withdrawn since the handshake is noticed here or by the
     // recheck, never by neither.
     handshake::retrust(&inbound.shared, link.link());
-    session::run(inbound, &link, Carrier::Mesh(Box::new(stream)), target).await;
+    session::run(inbound, &link, Carrier::Mesh(stream), target).await;
 }
 
 /// One of the connections that a peer may have at once.

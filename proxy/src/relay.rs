@@ -27,8 +27,8 @@ pub enum RelayEnd {
     Clean,
     /// The caller's side was reset or failed.
     CallerAborted(io::ErrorKind),
-    /// The called side was.
-    CalledAborted(io::ErrorKind),
+    /// The other side was.
+    UpstreamAborted(io::ErrorKind),
     /// Neither side moved a byte for the idle limit.
     Idle,
 }
@@ -43,7 +43,7 @@ impl RelayEnd {
         match self {
             Self::Clean => Ok(()),
             Self::CallerAborted(_) => Err(RequestError::PeerReset { reason: None }),
-            Self::CalledAborted(kind) => Err(RequestError::UpstreamReset {
+            Self::UpstreamAborted(kind) => Err(RequestError::UpstreamReset {
                 reason: None,
                 detail: kind.to_string(),
             }),
@@ -56,7 +56,7 @@ impl RelayEnd {
 /// resets both.
 pub async fn relay<A, B>(
     caller: TunnelIo<A>,
-    called: TunnelIo<B>,
+    upstream: TunnelIo<B>,
     bytes: &ByteCounters,
     idle: &TunnelIdle,
 ) -> RelayEnd
@@ -64,13 +64,13 @@ where
     A: AsyncRead + AsyncWrite,
     B: AsyncRead + AsyncWrite,
 {
-    let aborts = [caller.abort, called.abort];
+    let aborts = [caller.abort, upstream.abort];
     // Until both halves have ended cleanly, every way out of here is an abort, also a drop.
     aborts.iter().for_each(Abort::arm);
     let (from_caller, to_caller) = tokio::io::split(caller.io);
-    let (from_called, to_called) = tokio::io::split(called.io);
-    let request = copy(caller.leading, from_caller, to_called, &bytes.request);
-    let response = copy(called.leading, from_called, to_caller, &bytes.response);
+    let (from_upstream, to_upstream) = tokio::io::split(upstream.io);
+    let request = copy(caller.leading, from_caller, to_upstream, &bytes.request);
+    let response = copy(upstream.leading, from_upstream, to_caller, &bytes.response);
     let both = async {
         // The halves are kept until both have ended: one that ended early must not close the other.
         match select(pin!(request), pin!(response)).await {
@@ -105,13 +105,13 @@ enum Side {
 fn of_request(side: Side) -> RelayEnd {
     match side {
         Side::Reading(error) => RelayEnd::CallerAborted(error.kind()),
-        Side::Writing(error) => RelayEnd::CalledAborted(error.kind()),
+        Side::Writing(error) => RelayEnd::UpstreamAborted(error.kind()),
     }
 }
 
 fn of_response(side: Side) -> RelayEnd {
     match side {
-        Side::Reading(error) => RelayEnd::CalledAborted(error.kind()),
+        Side::Reading(error) => RelayEnd::UpstreamAborted(error.kind()),
         Side::Writing(error) => RelayEnd::CallerAborted(error.kind()),
     }
 }
@@ -166,7 +166,7 @@ mod tests {
 
     struct Pair {
         caller: TcpStream,
-        called: TcpStream,
+        upstream: TcpStream,
         bytes: Arc<ByteCounters>,
         end: JoinHandle<RelayEnd>,
     }
@@ -183,7 +183,7 @@ mod tests {
 
     async fn pair(limit: Duration) -> Pair {
         let (caller, mut a) = connection().await;
-        let (called, b) = connection().await;
+        let (upstream, b) = connection().await;
         a.leading = Bytes::from_static(b"first ");
         let bytes = Arc::new(ByteCounters::default());
         let idle = TunnelIdle {
@@ -197,7 +197,7 @@ mod tests {
         };
         Pair {
             caller,
-            called,
+            upstream,
             bytes,
             end,
         }
@@ -211,10 +211,10 @@ mod tests {
         pair.caller.write_all(b"request").await.unwrap();
         pair.caller.shutdown().await.unwrap();
         let mut text = String::new();
-        pair.called.read_to_string(&mut text).await.unwrap();
+        pair.upstream.read_to_string(&mut text).await.unwrap();
         assert_eq!(text, "first request");
-        pair.called.write_all(b"response").await.unwrap();
-        drop(pair.called);
+        pair.upstream.write_all(b"response").await.unwrap();
+        drop(pair.upstream);
         text.clear();
         pair.caller.read_to_string(&mut text).await.unwrap();
         assert_eq!(text, "response");
@@ -233,19 +233,19 @@ mod tests {
     async fn a_reset_is_a_reset_on_the_other_side() {
         let mut one = pair(LONG).await;
         let mut begin = [0; 6];
-        one.called.read_exact(&mut begin).await.unwrap();
+        one.upstream.read_exact(&mut begin).await.unwrap();
         reset(one.caller);
-        let error = one.called.read(&mut begin).await.unwrap_err();
+        let error = one.upstream.read(&mut begin).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         let aborted = RelayEnd::CallerAborted(io::ErrorKind::ConnectionReset);
         assert_eq!(one.end.await.unwrap(), aborted);
 
         let mut two = pair(LONG).await;
-        two.called.read_exact(&mut begin).await.unwrap();
-        reset(two.called);
+        two.upstream.read_exact(&mut begin).await.unwrap();
+        reset(two.upstream);
         let error = two.caller.read(&mut begin).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        let aborted = RelayEnd::CalledAborted(io::ErrorKind::ConnectionReset);
+        let aborted = RelayEnd::UpstreamAborted(io::ErrorKind::ConnectionReset);
         assert_eq!(two.end.await.unwrap(), aborted);
     }
 
@@ -253,7 +253,7 @@ mod tests {
     async fn silence_ends_it_with_a_reset() {
         let mut pair = pair(Duration::from_millis(20)).await;
         let mut begin = [0; 6];
-        pair.called.read_exact(&mut begin).await.unwrap();
+        pair.upstream.read_exact(&mut begin).await.unwrap();
         assert_eq!(pair.end.await.unwrap(), RelayEnd::Idle);
         let error = pair.caller.read(&mut begin).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);

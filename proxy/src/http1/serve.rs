@@ -20,6 +20,9 @@ use crate::body::Body;
 use crate::drain::Drain;
 use crate::error::RequestError;
 
+/// The code of [`RequestError::BadRequest`].
+pub const BAD_REQUEST: &str = "bad_request";
+
 /// What holds for a connection.
 pub struct Serving<'a> {
     /// What one head may cost.

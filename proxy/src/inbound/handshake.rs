@@ -45,7 +45,7 @@ enum First {
 /// Who came, and what the connection goes on with.
 pub(super) enum Accepted {
     /// A sidecar.
-    Mesh(TlsStream<Socket>, Peer),
+    Mesh(Box<TlsStream<Socket>>, Box<Peer>),
     /// A caller without an identity.
     Plain(Plain),
 }
@@ -131,7 +131,7 @@ pub(super) async fn authenticate(
     // Only who has begun a handshake takes one of their places: silence costs a connection's.
     let _permit: Permit = shared.limits.handshakes.try_acquire()?;
     match inbound.acceptor.accept(socket).await {
-        Ok((stream, peer)) => Some(Accepted::Mesh(stream, peer)),
+        Ok((stream, peer)) => Some(Accepted::Mesh(Box::new(stream), Box::new(peer))),
         Err(error) => {
             log_failure(shared, address, since, &error);
             None

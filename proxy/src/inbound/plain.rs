@@ -81,7 +81,7 @@ async fn carry(
     let counters = call.counters();
     let carried = async {
         let (io, _permit) = inbound.application.connect(target.address).await?;
-        let called = TunnelIo {
+        let upstream = TunnelIo {
             abort: io.abort(),
             leading: bytes::Bytes::new(),
             io,
@@ -96,7 +96,7 @@ async fn carry(
             limit: shared.config.limits.stream_idle_timeout,
             clock: Arc::clone(&shared.clock),
         };
-        relay(caller, called, &counters, &idle).await.outcome()
+        relay(caller, upstream, &counters, &idle).await.outcome()
     };
     let ending = tokio::select! {
         carried = carried => return carried,

@@ -266,7 +266,13 @@ impl Outbound {
                 head.authority = Authority::parse(&authority_of(bound)).ok();
                 self.route_of(call, destined).await?
             }
-            Destined::Original(_) => self.route_of(call, destined).await?,
+            Destined::Original(original) => {
+                // HTTP/1.0 may name no host, and HTTP/2 must name one.
+                if head.authority.is_none() {
+                    head.authority = Authority::parse(&original.at.to_string()).ok();
+                }
+                self.route_of(call, destined).await?
+            }
         };
         if route.protocol == PortProtocol::Tcp {
             return Err(RequestError::NotCarried { reason: "http" });

@@ -11,13 +11,10 @@ use hyper::body::Incoming;
 use super::{Caller, Connection, Outbound, leads_nowhere};
 use crate::body::Body;
 use crate::detect::Prefixed;
-use crate::http1::{self, GuardHandle, Rejection, Serving};
+use crate::http1::{self, BAD_REQUEST, GuardHandle, Rejection, Serving};
 use crate::refusal::{self, Form};
 use crate::wire;
 use crate::wire::tunnel::Abortable;
-
-/// The code of [`RequestError::BadRequest`](crate::error::RequestError::BadRequest).
-const BAD_REQUEST: &str = "bad_request";
 
 impl Outbound {
     /// Serves one connection to its end; a drain ends it after the request that runs.

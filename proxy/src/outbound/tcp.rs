@@ -80,8 +80,11 @@ impl Outbound {
             Err(error) => {
                 let denied = error == RequestError::DeniedByPeer;
                 fail(call, &error);
+                if !denied || !leading.is_empty() {
+                    return None;
+                }
                 connection.abort.disarm();
-                (denied && leading.is_empty()).then_some((io, connection))
+                Some((io, connection))
             }
         }
     }

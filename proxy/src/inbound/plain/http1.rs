@@ -26,7 +26,7 @@ use crate::connections::{Ending, Link, LinkGuard, LiveGuard, Subject};
 use crate::detect::Prefixed;
 use crate::error::RequestError;
 use crate::headers::{self, Head, Kind, Sender, sanitize_response, sanitize_trailers};
-use crate::http1::{self, GuardHandle, Rejection, Serving, UpgradeGate};
+use crate::http1::{self, BAD_REQUEST, GuardHandle, Rejection, Serving, UpgradeGate};
 use crate::limits::Permit;
 use crate::refusal::{self, Form};
 use crate::relay::relay;
@@ -95,6 +95,12 @@ impl Caller {
             Err(error) => refusal::respond(call, &http1::cause(error, Some(&handle)), form),
         };
         *response.version_mut() = Version::HTTP_11;
+        // Whoever sends what could be read in two ways is not read any further.
+        let code = response.headers().get(wire::ERROR);
+        if code.is_some_and(|code| code == BAD_REQUEST) {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
+        }
         response
     }
 
@@ -222,7 +228,7 @@ impl Served {
         // hyper keeps the upgraded connection among the response's extensions.
         let mut switched = Response::new(body);
         *switched.extensions_mut() = std::mem::take(&mut head.extensions);
-        let called = self.answer.exchange.upgrade(switched).await?;
+        let upstream = self.answer.exchange.upgrade(switched).await?;
         gate.accept()
             .map_err(|rejection| RequestError::BadRequest {
                 reason: rejection.code(),
@@ -235,10 +241,10 @@ impl Served {
         call.answered(&head);
         let tunnel = Tunnel {
             upgraded,
-            called: TunnelIo {
-                io: called.io,
+            upstream: TunnelIo {
+                io: upstream.io,
                 leading: Bytes::new(),
-                abort: called.abort,
+                abort: upstream.abort,
             },
             abort: caller.abort.clone(),
             live: self.admitted.live,
@@ -251,7 +257,7 @@ impl Served {
 /// A WebSocket whose 101 is on its way to the caller.
 struct Tunnel {
     upgraded: OnUpgrade,
-    called: TunnelIo<TokioIo<Upgraded>>,
+    upstream: TunnelIo<TokioIo<Upgraded>>,
     abort: Abort,
     live: LiveGuard,
     _permit: Permit,
@@ -265,16 +271,19 @@ impl Tunnel {
             limit: shared.config.limits.stream_idle_timeout,
             clock: Arc::clone(&shared.clock),
         };
-        self.called.abort.arm();
+        self.upstream.abort.arm();
         let carried = async {
-            let io = self.upgraded.await;
-            let io = io.map_err(|_| RequestError::PeerReset { reason: None })?;
+            let Ok(io) = self.upgraded.await else {
+                return Err(RequestError::PeerReset { reason: None });
+            };
             let caller = TunnelIo {
                 io: TokioIo::new(io),
                 leading: Bytes::new(),
                 abort: self.abort.clone(),
             };
-            relay(caller, self.called, &counters, &idle).await.outcome()
+            relay(caller, self.upstream, &counters, &idle)
+                .await
+                .outcome()
         };
         let carried = tokio::select! {
             carried = carried => carried,
