@@ -329,7 +329,7 @@ fn status(issuer: &Issuer) -> StatusResponse {
         certificates: count(workloads.count()),
         revoked_spiffe_ids: registry
             .revoked_ids()
-            .iter()
+            .keys()
             .map(ToString::to_string)
             .collect(),
         revoked_serials: registry

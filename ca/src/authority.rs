@@ -1,7 +1,8 @@
 //! The signing certificates: roots, the intermediate, and the leaves made under it.
 //!
-//! Invariant: a leaf says exactly what its [`Issuance`] says and nothing else: one URI name,
-//! digitalSignature, both ends of TLS, cA=false. No certificate outlives its issuer.
+//! Invariant: a leaf says exactly what its [`Issuance`] says and nothing else: one URI name, the DNS
+//! names that the issuance lists, digitalSignature, both ends of TLS, cA=false. No certificate
+//! outlives its issuer.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -14,6 +15,7 @@ use rustls_pki_types::CertificateDer;
 use sidegate_mesh::spiffe::{SpiffeId, TrustDomain};
 use time::OffsetDateTime;
 use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
 use crate::digest::{Digest, Serial};
@@ -49,7 +51,7 @@ pub enum RootProblem {
 }
 
 /// A root certificate that may be used.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Root {
     /// The certificate.
     pub der: CertificateDer<'static>,
@@ -228,6 +230,12 @@ impl Intermediate {
         })
     }
 
+    /// Whether that is its serial number.
+    pub fn has_serial(&self, serial: Serial) -> bool {
+        let parsed = X509Certificate::from_der(&self.der);
+        parsed.is_ok_and(|(_, x509)| x509.tbs_certificate.raw_serial() == serial.as_bytes())
+    }
+
     /// When it is to be renewed.
     pub fn half_life(&self) -> SystemTime {
         let life = self.not_after.duration_since(self.not_before);
@@ -250,6 +258,10 @@ impl Intermediate {
         params.not_before = date(unix_moment(issuance.not_before));
         params.not_after = date(unix_moment(issuance.not_after));
         params.subject_alt_names = vec![uri(&issuance.spiffe_id)?];
+        for name in &issuance.dns_names {
+            let name = SanType::DnsName(name.as_str().try_into()?);
+            params.subject_alt_names.push(name);
+        }
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![
@@ -306,6 +318,18 @@ fn signed_by(certificate: &X509Certificate<'_>, root: &Root) -> bool {
             certificate.tbs_certificate.as_ref(),
             &certificate.signature_value.data,
         )
+}
+
+/// Whether a leaf has exactly these names: one URI, and each of the DNS names once.
+pub fn has_exactly(leaf: &CertificateDer<'_>, id: &SpiffeId, dns_names: &[String]) -> bool {
+    let Ok((_, x509)) = X509Certificate::from_der(leaf) else {
+        return false;
+    };
+    let names = x509.subject_alternative_name().ok().flatten();
+    let names = names.map_or(&[][..], |names| &names.value.general_names);
+    let wanted = std::iter::once(GeneralName::URI(id.as_str()))
+        .chain(dns_names.iter().map(|name| GeneralName::DNSName(name)));
+    names.len() == 1 + dns_names.len() && wanted.into_iter().all(|name| names.contains(&name))
 }
 
 /// A name of at most 64 characters, which X.520 allows; the hash in it is only for people.
@@ -399,6 +423,7 @@ mod tests {
             not_after: unix_seconds(now() + life),
             evidence: Evidence::Own,
             parent_key_sha256: None,
+            dns_names: Vec::new(),
             lineage: serial,
             root_sha256: root.sha256,
         }
@@ -432,6 +457,30 @@ mod tests {
         assert_eq!(x509.extensions().len(), 6, "and key identifiers");
         let (_, signing) = X509Certificate::from_der(&intermediate.der).unwrap();
         assert!(signing.name_constraints().unwrap().is_none());
+    }
+
+    #[test]
+    fn dns_names_are_those_of_the_issuance_and_no_others() {
+        let (root, root_key) = root();
+        let key = Key::generate().unwrap();
+        let of_intermediate = issuance(&trust_domain().id(), &root, INTERMEDIATE_LIFETIME);
+        let der = Intermediate::make(&of_intermediate, &trust_domain(), &key, (&root, &root_key));
+        let roots = [root.clone()];
+        let intermediate = Intermediate::load(&der.unwrap(), key, &trust_domain(), &roots).unwrap();
+        let id = SpiffeId::for_workload(&trust_domain(), "sidegate-system", "hook").unwrap();
+        let mut of_leaf = issuance(&id, &root, Duration::from_hours(1));
+        let names = ["hook.sidegate-system.svc", "hook.sidegate-system.svc.x"].map(String::from);
+        of_leaf.dns_names = names.to_vec();
+        let leaf = intermediate
+            .sign_leaf(&of_leaf, &Key::generate().unwrap())
+            .unwrap();
+        assert!(has_exactly(&leaf, &id, &names));
+        assert!(!has_exactly(&leaf, &id, &names[..1]), "one too many");
+        assert!(!has_exactly(&leaf, &id, &[]));
+        let others = [names[0].clone(), "other.sidegate-system.svc".to_owned()];
+        assert!(!has_exactly(&leaf, &id, &others));
+        let (_, x509) = X509Certificate::from_der(&leaf).unwrap();
+        assert!(x509.subject_alternative_name().unwrap().unwrap().critical);
     }
 
     #[test]

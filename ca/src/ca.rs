@@ -4,8 +4,8 @@
 //! after its state has been checked and its own certificates are made.
 
 use std::io;
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -19,10 +19,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::authority::{Intermediate, Root};
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, Kubernetes};
 use crate::digest::{NoRandomness, Serial};
-use crate::issuer::{Issuer, Parts, RenewalError, make_intermediate};
+use crate::issuer::{Issuer, Parts, RenewalError, is_current, obtain_intermediate};
 use crate::key::Key;
+use crate::keystore::{FolderKeys, KeyStore};
+use crate::kubernetes::attest::Attestor;
+use crate::kubernetes::secret::{SecretError, SecretKeys, Stored};
+use crate::kubernetes::{self, ApiError, Cluster, bundle};
 use crate::ledger::file::FileLedger;
 use crate::ledger::{Event, Ledger, LedgerError};
 use crate::operations::{CreatedToken, OperationError};
@@ -36,6 +40,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest time between two looks at what has to be renewed.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_mins(1);
+
+/// How often an API server that does not answer is asked again when the CA starts, once a second.
+const API_TRIES: usize = 30;
 
 /// A root's end is warned of this many days before.
 const WARNINGS_DAYS: [u64; 3] = [7, 14, 30];
@@ -72,6 +79,12 @@ pub enum StartError {
         /// What was configured.
         configured: TrustDomain,
     },
+    /// The keys of a cluster cannot be used.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// The Kubernetes API does not do what a CA needs.
+    #[error(transparent)]
+    Kubernetes(#[from] ApiError),
     /// The CA cannot make its own certificates.
     #[error("cannot make the CA's own certificates: {0}")]
     Own(#[from] RenewalError),
@@ -114,11 +127,39 @@ impl Ca {
     /// [`StartError`], which says what is wrong and what to do. Nothing is left running.
     pub async fn start(config: Config, clock: Arc<dyn Clock>) -> Result<RunningCa, StartError> {
         config.check()?;
+        if config.kubernetes.is_some() {
+            let client = kubernetes::client().await?;
+            return Self::start_in_cluster(config, clock, client).await;
+        }
         let opening = (config.clone(), Arc::clone(&clock));
         let open = tokio::task::spawn_blocking(move || Opened::open(&opening.0, &opening.1));
         let opened = open
             .await
             .map_err(|error| RenewalError::Svid(error.to_string()))??;
+        Self::serve(opened, config, clock).await
+    }
+
+    /// As [`Self::start`], in the cluster that `client` talks to. Without a section `kubernetes`
+    /// the configuration's defaults for it are used.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`].
+    pub async fn start_in_cluster(
+        config: Config,
+        clock: Arc<dyn Clock>,
+        client: kube::Client,
+    ) -> Result<RunningCa, StartError> {
+        config.check()?;
+        let opened = Opened::open_in_cluster(&config, &clock, client).await?;
+        Self::serve(opened, config, clock).await
+    }
+
+    async fn serve(
+        opened: Opened,
+        config: Config,
+        clock: Arc<dyn Clock>,
+    ) -> Result<RunningCa, StartError> {
         let ledger = Arc::clone(&opened.ledger);
         let issuer = opened.into_issuer(config, clock).await?;
         issuer.renew_own().await?;
@@ -145,7 +186,7 @@ impl RunningCa {
         self.metrics_address
     }
 
-    /// The file that sidecars start their trust with.
+    /// The file that sidecars start their trust with; there is none in a cluster.
     pub fn root_path(&self) -> PathBuf {
         self.issuer.folder.path(ROOT)
     }
@@ -212,6 +253,8 @@ impl Drop for RunningCa {
 /// The state, checked.
 struct Opened {
     folder: Arc<StateFolder>,
+    keys: Arc<dyn KeyStore>,
+    cluster: Option<Arc<Cluster>>,
     ledger: Arc<FileLedger>,
     registry: Registry,
     intermediate: Option<Intermediate>,
@@ -243,7 +286,57 @@ impl Opened {
         roots::check(&folder, &registry, now)?;
         let intermediate = roots::load_intermediate(&folder, &registry, now)?;
         Ok(Self {
+            keys: Arc::new(FolderKeys::new(Arc::clone(&folder))),
+            cluster: None,
             folder,
+            ledger: Arc::new(ledger),
+            registry,
+            intermediate,
+            torn,
+        })
+    }
+
+    async fn open_in_cluster(
+        config: &Config,
+        clock: &Arc<dyn Clock>,
+        client: kube::Client,
+    ) -> Result<Self, StartError> {
+        let settings = config.kubernetes.clone().unwrap_or_default();
+        let folder = Arc::new(StateFolder::open_volume(&config.state_dir)?);
+        let path = folder.path(LEDGER);
+        let used = std::fs::metadata(&path).is_ok_and(|ledger| ledger.len() > 0);
+        let keys = SecretKeys::new(
+            client.clone(),
+            &settings,
+            &config.trust_domain,
+            Arc::clone(clock),
+        );
+        let stored = open_keys(&keys, used.then_some(path.as_path()), &**clock).await?;
+        publish_first(&client, &settings, &stored, &**clock).await?;
+        let opening = (config.clone(), Arc::clone(clock), Arc::clone(&folder));
+        let open = tokio::task::spawn_blocking(move || {
+            open_ledger_in_cluster(&opening.0, &opening.1, &opening.2, stored)
+        });
+        let (ledger, torn, registry, intermediate) = open
+            .await
+            .map_err(|error| RenewalError::Svid(error.to_string()))??;
+        let trust_domain = config.trust_domain.clone();
+        let attestor = Attestor::new(
+            client.clone(),
+            settings.clone(),
+            trust_domain,
+            &config.limits,
+            Arc::clone(clock),
+        );
+        let cluster = Cluster {
+            client,
+            settings,
+            attestor,
+        };
+        Ok(Self {
+            folder,
+            keys: Arc::new(keys),
+            cluster: Some(Arc::new(cluster)),
             ledger: Arc::new(ledger),
             registry,
             intermediate,
@@ -269,7 +362,7 @@ impl Opened {
             intermediate
         } else {
             let lock = || registry.lock().unwrap_or_else(PoisonError::into_inner);
-            make_intermediate(&self.folder, &*self.ledger, lock, &*clock).await?
+            obtain_intermediate(&*self.keys, &*self.ledger, lock, &*clock).await?
         };
         let registry = registry
             .into_inner()
@@ -279,12 +372,92 @@ impl Opened {
             config,
             clock,
             folder: self.folder,
+            keys: self.keys,
+            cluster: self.cluster,
             ledger,
             registry,
             intermediate,
             tracker: TaskTracker::new(),
         })?)
     }
+}
+
+/// Reads the keys, or makes them; waits for an API server that is only starting.
+async fn open_keys(
+    keys: &SecretKeys,
+    ledger: Option<&Path>,
+    clock: &dyn Clock,
+) -> Result<Stored, StartError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match keys.open(ledger).await {
+            Err(SecretError::Api(error)) if error.is_passing() && tries < API_TRIES => {
+                tracing::warn!(error = %error, "waiting for the Kubernetes API");
+                clock.sleep(Duration::from_secs(1)).await;
+            }
+            opened => return Ok(opened?),
+        }
+    }
+}
+
+/// Says that the installation has begun, before anything is signed: from now on a Secret that is
+/// missing is an error.
+async fn publish_first(
+    client: &kube::Client,
+    settings: &Kubernetes,
+    stored: &Stored,
+    clock: &dyn Clock,
+) -> Result<(), StartError> {
+    let pem = bundle::root_pem(&stored.shared.roots);
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match bundle::publish(client, settings, &settings.namespace, &pem).await {
+            Err(error) if error.is_passing() && tries < API_TRIES => {
+                tracing::warn!(error = %error, "waiting for the Kubernetes API");
+                clock.sleep(Duration::from_secs(1)).await;
+            }
+            published => return Ok(published?),
+        }
+    }
+}
+
+type LedgerInCluster = (FileLedger, u64, Registry, Option<Intermediate>);
+
+/// The replica's own ledger. What it says of roots and revocations is history: what counts is in
+/// the Secret. Blocks.
+fn open_ledger_in_cluster(
+    config: &Config,
+    clock: &Arc<dyn Clock>,
+    folder: &StateFolder,
+    mut stored: Stored,
+) -> Result<LedgerInCluster, StartError> {
+    let now = clock.now();
+    let mut registry = Registry::new(config.trust_domain.clone());
+    let (ledger, torn) = FileLedger::open(
+        &folder.path(LEDGER),
+        Arc::clone(clock),
+        config.limits.ledger_queue_max,
+        &mut |entry| registry.replay(entry, now),
+    )?;
+    let active = stored.shared.roots.iter();
+    let active = active.map(|known| &known.root.der).next();
+    if let (0, Some(root)) = (ledger.head().entries, active) {
+        let created = Event::Created {
+            trust_domain: config.trust_domain.clone(),
+            root: BASE64.encode(root),
+            sequence: stored.shared.sequence,
+        };
+        registry.apply(&created);
+        ledger.append_now(created)?;
+    }
+    check_ledger(folder, config, &registry)?;
+    let intermediate = stored.take_intermediate();
+    registry.adopt(stored.shared);
+    registry.prune(now);
+    let intermediate = intermediate.filter(|i| is_current(i, &registry, now));
+    Ok((ledger, torn, registry, intermediate))
 }
 
 /// Makes a CA's first root. What a crash leaves of it is not believed: see
@@ -365,13 +538,17 @@ async fn listen(
     });
     tracker.spawn(metrics::serve(metrics, Arc::clone(&issuer), cancel.clone()));
     tracker.spawn(maintain(Arc::clone(&issuer), cancel.clone()));
+    if issuer.cluster.is_some() {
+        tracker.spawn(kubernetes::follow(Arc::clone(&issuer), cancel.clone()));
+        tracker.spawn(bundle::run(Arc::clone(&issuer), cancel.clone()));
+    }
     let id = issuer.own_id().map(|id| id.to_string()).unwrap_or_default();
     tracing::info!(
         peer.id = id,
         %address,
         metrics = %metrics_address,
         admin = %socket.display(),
-        root = %issuer.folder.path(ROOT).display(),
+        root = root_place(&issuer),
         "serving"
     );
     Ok(RunningCa {
@@ -383,6 +560,17 @@ async fn listen(
     })
 }
 
+/// Where the bundle is that a sidecar starts its trust with.
+fn root_place(issuer: &Issuer) -> String {
+    match &issuer.cluster {
+        None => issuer.folder.path(ROOT).display().to_string(),
+        Some(cluster) => {
+            let name = &cluster.settings.bundle_config_map;
+            format!("ConfigMap {name} in each labelled namespace")
+        }
+    }
+}
+
 async fn bind(
     address: SocketAddr,
     purpose: &'static str,
@@ -392,9 +580,26 @@ async fn bind(
         purpose,
         source,
     };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let listener = match TcpListener::bind(address).await {
+        // `[::]` is every address, of either kind, unless the system has only one.
+        Err(error) if is_without_v6(address, &error) => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    };
+    let listener = listener.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     Ok((listener, address))
+}
+
+fn is_without_v6(address: SocketAddr, error: &io::Error) -> bool {
+    let code = error.raw_os_error();
+    let refused = [
+        rustix::io::Errno::AFNOSUPPORT,
+        rustix::io::Errno::ADDRNOTAVAIL,
+    ];
+    let refused = refused.map(|errno| Some(errno.raw_os_error()));
+    address.ip() == Ipv6Addr::UNSPECIFIED && refused.contains(&code)
 }
 
 /// Renews what the CA itself holds, forgets what has expired, and warns of the root's end.
@@ -420,12 +625,7 @@ async fn maintain(issuer: Arc<Issuer>, cancel: CancellationToken) {
 }
 
 async fn renew(issuer: &Arc<Issuer>, now: SystemTime) -> Result<(), RenewalError> {
-    let intermediate = issuer.intermediate();
-    let active = issuer
-        .registry()
-        .root(RootState::Active)
-        .map(|root| root.sha256);
-    if active != Some(intermediate.root_sha256) || now >= intermediate.half_life() {
+    if issuer.intermediate_is_due() {
         let _held = issuer.change.lock().await;
         issuer.renew_intermediate().await?;
         return issuer.renew_own().await;

@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 
 use crate::csr::CsrError;
 use crate::digest::{Digest, Serial};
+use crate::kubernetes::attest::Unattested;
 use crate::ledger::{Evidence, LedgerError};
 use crate::limits::Wait;
 
@@ -20,8 +21,10 @@ pub struct Attested {
     pub evidence: Evidence,
     /// For a renewal, the line that it continues.
     pub lineage: Option<Serial>,
-    /// For a renewal, the key of the SVID that was shown.
+    /// The key of the SVID that was shown; it may not be certified again.
     pub key: Option<Digest>,
+    /// DNS names of the identity, from the CA's own table.
+    pub dns_names: Vec<String>,
 }
 
 /// Why evidence proves nothing.
@@ -30,9 +33,16 @@ pub enum EvidenceError {
     /// The request has none.
     #[error("the request carries no evidence; send a join token or show the current SVID")]
     Missing,
-    /// Evidence of another mode.
-    #[error("this CA does not take service account tokens")]
-    Unsupported,
+    /// Evidence of a cluster.
+    #[error(
+        "this CA is not in a cluster, so it does not take service account tokens; send a join token"
+    )]
+    NotInACluster,
+    /// Evidence of a CA outside of a cluster.
+    #[error(
+        "in a cluster only the service account token of a pod is evidence; mount a projected one"
+    )]
+    InACluster,
     /// No such token, or its secret is wrong.
     #[error("unknown join token; make one with `sidegate-ca token create`")]
     TokenUnknown,
@@ -65,6 +75,9 @@ pub enum Refusal {
     /// The evidence proves nothing.
     #[error(transparent)]
     Evidence(#[from] EvidenceError),
+    /// The token of a pod proves nothing.
+    #[error(transparent)]
+    Pod(#[from] Unattested),
     /// The key is the shown SVID's, a CA's, or was certified before.
     #[error("the key was used before; every certificate needs a new key")]
     KeyNotFresh,
@@ -110,6 +123,7 @@ impl Refusal {
             Self::Csr(CsrError::Algorithm) => "key_algorithm",
             Self::Csr(CsrError::Signature) => "csr_signature",
             Self::Evidence(evidence) => evidence.code(),
+            Self::Pod(unattested) => unattested.code(),
             Self::KeyNotFresh => "key_not_fresh",
             Self::Forked => "lineage_forked",
             Self::Frozen => "lineage_frozen",
@@ -128,10 +142,12 @@ impl Refusal {
     /// choose.
     pub fn status(&self) -> Status {
         let code = match self {
-            Self::Csr(_) | Self::KeyNotFresh => Code::InvalidArgument,
-            Self::Evidence(EvidenceError::Missing | EvidenceError::Unsupported) => {
-                Code::InvalidArgument
-            }
+            Self::Csr(_)
+            | Self::KeyNotFresh
+            | Self::Evidence(
+                EvidenceError::Missing | EvidenceError::NotInACluster | EvidenceError::InACluster,
+            ) => Code::InvalidArgument,
+            Self::Pod(unattested) => unattested.grpc(),
             Self::Evidence(_) => Code::Unauthenticated,
             Self::Forked | Self::Frozen | Self::Denied(_) => Code::PermissionDenied,
             Self::Limit { .. } | Self::Full(_) => Code::ResourceExhausted,
@@ -147,7 +163,7 @@ impl EvidenceError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Missing => "evidence_missing",
-            Self::Unsupported => "evidence_unsupported",
+            Self::NotInACluster | Self::InACluster => "evidence_unsupported",
             Self::TokenUnknown => "token_unknown",
             Self::TokenExpired => "token_expired",
             Self::TokenRevoked => "token_revoked",

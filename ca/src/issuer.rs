@@ -20,23 +20,30 @@ use sidegate_mtls::{
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::authority::{INTERMEDIATE_LIFETIME, Intermediate, unix_moment, unix_seconds};
+use crate::authority::{
+    INTERMEDIATE_LIFETIME, Intermediate, has_exactly, unix_moment, unix_seconds,
+};
 use crate::config::Config;
 use crate::csr::ProvenKey;
 use crate::digest::{Digest, NoRandomness, Serial};
 use crate::issuance::{Attested, Refusal};
 use crate::key::Key;
+use crate::keystore::{KeyStore, KeyStoreError};
+use crate::kubernetes::Cluster;
 use crate::ledger::{Event, Evidence, Issuance, Ledger, LedgerError, Written};
 use crate::limits::IssuanceLimits;
 use crate::metrics::Metrics;
 use crate::registry::{CONTROL_PLANE, Registry, Reservation, RootState};
-use crate::roots::{self, RootsError};
+use crate::roots::RootsError;
 use crate::state::StateFolder;
 use crate::watchers::Watchers;
 
 /// Life of the CA's own SVID, if leaves live shorter. It needs no short life: its key is in the
 /// process that could sign another.
-const OWN_LIFETIME_MIN: Duration = Duration::from_hours(1);
+pub(crate) const OWN_LIFETIME_MIN: Duration = Duration::from_hours(1);
+
+/// How often a change is tried that another replica was faster with.
+pub(crate) const ATTEMPTS: usize = 8;
 
 /// A leaf that would live shorter is not worth an answer.
 const LEFT_MIN_SECONDS: u64 = 1;
@@ -46,6 +53,8 @@ pub struct Issuer {
     pub(crate) config: Config,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) folder: Arc<StateFolder>,
+    pub(crate) keys: Arc<dyn KeyStore>,
+    pub(crate) cluster: Option<Arc<Cluster>>,
     pub(crate) ledger: Arc<dyn Ledger>,
     pub(crate) metrics: Metrics,
     pub(crate) tracker: TaskTracker,
@@ -65,6 +74,8 @@ pub(crate) struct Parts {
     pub(crate) config: Config,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) folder: Arc<StateFolder>,
+    pub(crate) keys: Arc<dyn KeyStore>,
+    pub(crate) cluster: Option<Arc<Cluster>>,
     pub(crate) ledger: Arc<dyn Ledger>,
     pub(crate) registry: Registry,
     pub(crate) intermediate: Intermediate,
@@ -80,9 +91,12 @@ pub enum RenewalError {
     /// The ledger could not be written.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
-    /// Root or intermediate cannot be read or written.
+    /// The ledger names no root to sign with.
     #[error(transparent)]
     Roots(#[from] RootsError),
+    /// Root or intermediate cannot be read or written.
+    #[error(transparent)]
+    Keys(#[from] KeyStoreError),
     /// The cryptographic library refused.
     #[error("signing failed: {0}")]
     Sign(#[from] rcgen::Error),
@@ -105,7 +119,7 @@ impl Issuer {
         Ok(Arc::new(Self {
             limits: Mutex::new(IssuanceLimits::new(&parts.config.limits, now)),
             registry: Mutex::new(parts.registry),
-            watchers: Mutex::default(),
+            watchers: Mutex::new(Watchers::new(parts.cluster.is_some())),
             intermediate: ArcSwap::from_pointee(parts.intermediate),
             verifier: ArcSwap::from_pointee(Verifier::from_trust(trust, limits)),
             bundle: watch::Sender::new(Arc::new(message)),
@@ -113,6 +127,8 @@ impl Issuer {
             config: parts.config,
             clock: parts.clock,
             folder: parts.folder,
+            keys: parts.keys,
+            cluster: parts.cluster,
             ledger: parts.ledger,
             tracker: parts.tracker,
             store,
@@ -188,6 +204,9 @@ impl Issuer {
         let now = self.clock.now();
         let serial = Serial::random().map_err(|error| Refusal::Unavailable(error.to_string()))?;
         let mut registry = self.registry();
+        if key == intermediate.public_key_sha256 {
+            return Err(Refusal::KeyNotFresh);
+        }
         if registry.certificates_len() >= self.config.limits.certificates_max {
             return Err(Refusal::Full("certificates"));
         }
@@ -205,6 +224,7 @@ impl Issuer {
             not_after,
             evidence: attested.evidence.clone(),
             parent_key_sha256: attested.key,
+            dns_names: attested.dns_names.clone(),
             lineage: reservation.lineage,
             root_sha256: intermediate.root_sha256,
         };
@@ -253,9 +273,12 @@ impl Issuer {
             .map_err(|error| Refusal::Lint(error.to_string()))?;
         let same = seen.serial.as_bytes() == issuance.serial.as_bytes()
             && seen.public_key_sha256 == issuance.public_key_sha256.as_bytes()
-            && unix_seconds(seen.not_after) <= issuance.not_after;
+            && unix_seconds(seen.not_after) <= issuance.not_after
+            && chain
+                .first()
+                .is_some_and(|leaf| has_exactly(leaf, &issuance.spiffe_id, &issuance.dns_names));
         same.then_some(()).ok_or_else(|| {
-            Refusal::Lint("serial number, key or end is not what was intended".to_owned())
+            Refusal::Lint("serial number, key, names or end are not what was intended".to_owned())
         })
     }
 
@@ -324,6 +347,7 @@ impl Issuer {
             evidence: Evidence::Own,
             lineage: None,
             key: None,
+            dns_names: Vec::new(),
         };
         let chain = self.issue(&csr, attested).await?;
         let svid = Svid::parse(chain, key, &id).map_err(|error| own(&error))?;
@@ -333,19 +357,91 @@ impl Issuer {
         Ok(())
     }
 
-    /// Makes a new intermediate under the active root and signs with it from now on.
+    /// Whether another intermediate has to be made: half of its life is over, or the active root
+    /// did not sign it.
+    pub(crate) fn intermediate_is_due(&self) -> bool {
+        let now = self.clock.now();
+        !is_current(&self.intermediate(), &self.registry(), now)
+    }
+
+    /// Signs with a new intermediate under the active root from now on, if one is due: another
+    /// replica's, if that was faster. Hold [`Self::change`].
     ///
     /// # Errors
     ///
     /// [`RenewalError`]; the old one stays.
     pub(crate) async fn renew_intermediate(&self) -> Result<(), RenewalError> {
-        let registry = || self.registry();
-        let made = make_intermediate(&self.folder, &*self.ledger, registry, &*self.clock);
-        let intermediate = made.await?;
-        let not_after = humantime::format_rfc3339_seconds(intermediate.not_after);
-        tracing::info!(%not_after, "intermediate renewed");
-        self.intermediate.store(Arc::new(intermediate));
+        for _ in 0..ATTEMPTS {
+            self.take_in().await?;
+            if !self.intermediate_is_due() {
+                return Ok(());
+            }
+            let registry = || self.registry();
+            let made = make_intermediate(&*self.keys, &*self.ledger, registry, &*self.clock).await;
+            match made {
+                Err(RenewalError::Keys(KeyStoreError::Conflict)) => {}
+                made => {
+                    let intermediate = made?;
+                    let not_after = humantime::format_rfc3339_seconds(intermediate.not_after);
+                    tracing::info!(%not_after, "intermediate renewed");
+                    self.intermediate.store(Arc::new(intermediate));
+                    return Ok(());
+                }
+            }
+        }
+        Err(KeyStoreError::Conflict.into())
+    }
+
+    /// Takes in what another replica has changed, and publishes it.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyStoreError`]; what was in effect stays.
+    pub(crate) async fn follow(&self) -> Result<(), KeyStoreError> {
+        let _held = self.change.lock().await;
+        self.take_in().await
+    }
+
+    /// As [`Self::follow`], for who holds [`Self::change`].
+    pub(crate) async fn take_in(&self) -> Result<(), KeyStoreError> {
+        let now = self.clock.now();
+        let Some(news) = self.keys.news().await? else {
+            return Ok(());
+        };
+        let former = self.registry().shared();
+        let is_older = news.shared.sequence < former.sequence;
+        self.registry().adopt(news.shared);
+        if is_older {
+            // Restored from a backup: sidecars take only what has a higher number.
+            let mut risen = self.registry().shared();
+            risen.sequence = self.registry().next_sequence(now);
+            self.keys.share(&risen, None).await?;
+            self.registry().adopt(risen);
+        }
+        if let Some(theirs) = news.intermediate {
+            self.adopt_intermediate(theirs);
+        }
+        if self.registry().shared() != former
+            && let Err(error) = self.publish()
+        {
+            tracing::error!(error = %error, "what another replica has changed cannot be published");
+        }
         Ok(())
+    }
+
+    fn adopt_intermediate(&self, theirs: Intermediate) {
+        let ours = self.intermediate();
+        let is_better = {
+            let registry = self.registry();
+            let active = registry.root(RootState::Active).map(|root| root.sha256);
+            let signed = |intermediate: &Intermediate| active == Some(intermediate.root_sha256);
+            signed(&theirs) && (!signed(&ours) || theirs.not_after > ours.not_after)
+        };
+        if is_better {
+            let not_after = humantime::format_rfc3339_seconds(theirs.not_after);
+            tracing::info!(%not_after, "intermediate of another replica taken in");
+            self.intermediate.store(Arc::new(theirs));
+        }
     }
 
     /// The identity that every client pins.
@@ -396,9 +492,45 @@ impl Issuer {
     }
 }
 
+/// Whether an intermediate may go on signing.
+pub(crate) fn is_current(
+    intermediate: &Intermediate,
+    registry: &Registry,
+    now: SystemTime,
+) -> bool {
+    let active = registry.root(RootState::Active).map(|root| root.sha256);
+    active == Some(intermediate.root_sha256) && now < intermediate.half_life()
+}
+
+/// The first intermediate of a CA that starts: its own, or that of a replica that was faster.
+pub(crate) async fn obtain_intermediate<'a>(
+    keys: &dyn KeyStore,
+    ledger: &dyn Ledger,
+    registry: impl Fn() -> MutexGuard<'a, Registry>,
+    clock: &dyn Clock,
+) -> Result<Intermediate, RenewalError> {
+    for _ in 0..ATTEMPTS {
+        match make_intermediate(keys, ledger, &registry, clock).await {
+            Err(RenewalError::Keys(KeyStoreError::Conflict)) => {}
+            made => return made,
+        }
+        let now = clock.now();
+        let Some(news) = keys.news().await? else {
+            continue;
+        };
+        let mut registry = registry();
+        registry.adopt(news.shared);
+        let theirs = news.intermediate;
+        if let Some(theirs) = theirs.filter(|theirs| is_current(theirs, &registry, now)) {
+            return Ok(theirs);
+        }
+    }
+    Err(KeyStoreError::Conflict.into())
+}
+
 /// Makes an intermediate: intend, sign, check, record, and only then write it and its key down.
-pub(crate) async fn make_intermediate<'a>(
-    folder: &Arc<StateFolder>,
+async fn make_intermediate<'a>(
+    keys: &dyn KeyStore,
     ledger: &dyn Ledger,
     registry: impl Fn() -> MutexGuard<'a, Registry>,
     clock: &dyn Clock,
@@ -418,11 +550,10 @@ pub(crate) async fn make_intermediate<'a>(
     ledger.intend(issuance.clone()).await?;
     registry().apply(&Event::Intended(issuance.clone()));
     let trust_domain = registry().trust_domain().clone();
-    let root_key = roots::active_key(folder, &root)?;
+    let root_key = keys.root_key(&root).await?;
     let der = Intermediate::make(&issuance, &trust_domain, &key, (&root, &root_key))?;
     drop(root_key);
     let certificate_sha256 = Digest::of(&der);
-    let pem = key.to_pem()?;
     let intermediate = Intermediate::load(&der, key, &trust_domain, &[root])
         .map_err(|problem| RenewalError::Svid(problem.to_string()))?;
     let serial = issuance.serial;
@@ -431,7 +562,7 @@ pub(crate) async fn make_intermediate<'a>(
         serial,
         certificate_sha256,
     });
-    roots::save_intermediate(folder, &intermediate.der, &pem)?;
+    keys.keep_intermediate(&intermediate).await?;
     Ok(intermediate)
 }
 
@@ -451,6 +582,7 @@ fn intermediate_issuance(
         not_after: unix_seconds(end),
         evidence: Evidence::Own,
         parent_key_sha256: None,
+        dns_names: Vec::new(),
         lineage: serial,
         root_sha256: root.sha256,
     })

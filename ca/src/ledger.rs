@@ -174,6 +174,13 @@ pub enum Event {
         /// The bundle's sequence.
         sequence: u64,
     },
+    /// A change that the ledger names was not put into effect: the Secret refused it.
+    Abandoned {
+        /// The sequence that the change would have had.
+        sequence: u64,
+        /// Why.
+        reason: String,
+    },
     /// A line that a crash had cut off was removed at start. It had never been acknowledged.
     Repaired {
         /// Bytes removed.
@@ -200,6 +207,9 @@ pub struct Issuance {
     /// For a renewal, the key of the SVID that was renewed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub parent_key_sha256: Option<Digest>,
+    /// DNS names besides the SPIFFE ID: the control plane's webhooks have some.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub dns_names: Vec<String>,
     /// Serial number of the first SVID in this line of renewals.
     pub lineage: Serial,
     /// The root that it is signed under.
@@ -213,8 +223,21 @@ pub enum Evidence {
     JoinToken(String),
     /// An SVID in date, by its serial number.
     Svid(Serial),
+    /// A service account token, bound to a pod that was alive.
+    Pod(PodEvidence),
     /// The CA itself.
     Own,
+}
+
+/// The pod that a token was bound to; its namespace is the identity's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodEvidence {
+    /// Tells it from every other that ever was.
+    pub uid: String,
+    /// Its name.
+    pub name: String,
+    /// The node that it was on.
+    pub node: String,
 }
 
 /// A join token, without its secret.
@@ -267,6 +290,7 @@ impl std::fmt::Display for Evidence {
         match self {
             Self::JoinToken(id) => write!(f, "join-token:{id}"),
             Self::Svid(serial) => write!(f, "svid:{serial}"),
+            Self::Pod(PodEvidence { uid, name, node }) => write!(f, "pod:{uid}/{name}@{node}"),
             Self::Own => f.write_str("self"),
         }
     }
@@ -282,6 +306,18 @@ impl std::str::FromStr for Evidence {
         if let Some(serial) = text.strip_prefix("svid:") {
             let serial = serial.parse().map_err(|_hex| "not a serial number")?;
             return Ok(Self::Svid(serial));
+        }
+        if let Some(pod) = text.strip_prefix("pod:") {
+            let parts = pod.split_once('/').and_then(|(uid, rest)| {
+                let (name, node) = rest.split_once('@')?;
+                Some((uid, name, node))
+            });
+            let (uid, name, node) = parts.ok_or("not a pod")?;
+            return Ok(Self::Pod(PodEvidence {
+                uid: uid.to_owned(),
+                name: name.to_owned(),
+                node: node.to_owned(),
+            }));
         }
         (text == "self")
             .then_some(Self::Own)

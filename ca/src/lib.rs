@@ -3,7 +3,8 @@
 //! [`Ca::start`] turns a [`Config`] into a [`RunningCa`]: it checks the state folder, makes what
 //! is to be made once, and serves sidecars (gRPC over TLS), administrators (gRPC over a Unix
 //! socket) and Prometheus. One issuance goes through [`issuer`]; what the CA remembers is
-//! [`registry`], and all of that comes from [`ledger`].
+//! [`registry`], and all of that comes from [`ledger`]. Keys are behind [`keystore`]: in the state
+//! folder, or in a Secret that replicas share, which is one of the things of [`kubernetes`].
 //!
 //! Invariants: identity comes from attested evidence, never from a request; what leaves is in the
 //! ledger, on disk, before it leaves; state is made once and never silently made again; no process
@@ -23,6 +24,8 @@ pub mod issuance;
 pub mod issued;
 pub mod issuer;
 pub mod key;
+pub mod keystore;
+pub mod kubernetes;
 pub mod ledger;
 pub mod limits;
 mod metrics;

@@ -1,9 +1,11 @@
-//! How often certificates are issued: for one identity, and overall.
+//! How often certificates are issued: for one identity, and overall; and, in a cluster, how often a
+//! pod or an address may ask.
 //!
-//! Invariant: the map of identities is bounded by the identities that were attested within the
-//! last minute or two; an attacker without evidence adds nothing to it.
+//! Invariant: each map has a bound and forgets whoever was quiet for a minute or two. The identities
+//! in it were attested, so an attacker without evidence adds nothing to that one.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::time::{Duration, SystemTime};
 
 use sidegate_mesh::spiffe::SpiffeId;
@@ -12,12 +14,18 @@ use crate::config::Limits;
 
 const WINDOW: Duration = Duration::from_mins(1);
 
-/// Token buckets that hold a minute's worth and refill steadily.
+/// How often certificates are issued: for one identity, and for all together.
 pub struct IssuanceLimits {
-    per_identity: f64,
     overall: Bucket,
     overall_max: f64,
-    identities: HashMap<SpiffeId, Bucket>,
+    identities: Buckets<SpiffeId>,
+}
+
+/// Token buckets, one a key, that hold a minute's worth and refill steadily.
+pub struct Buckets<K> {
+    per_minute: f64,
+    keys_max: usize,
+    by_key: HashMap<K, Bucket>,
     swept: SystemTime,
 }
 
@@ -41,14 +49,16 @@ impl IssuanceLimits {
     pub fn new(limits: &Limits, now: SystemTime) -> Self {
         let overall_max = f64::from(limits.issuances_per_minute);
         Self {
-            per_identity: f64::from(limits.issuances_per_identity_per_minute),
             overall: Bucket {
                 tokens: overall_max,
                 at: now,
             },
             overall_max,
-            identities: HashMap::new(),
-            swept: now,
+            identities: Buckets::new(
+                limits.issuances_per_identity_per_minute,
+                limits.certificates_max,
+                now,
+            ),
         }
     }
 
@@ -58,18 +68,50 @@ impl IssuanceLimits {
     ///
     /// [`Wait`]; nothing was taken then.
     pub fn take(&mut self, id: &SpiffeId, now: SystemTime) -> Result<(), Wait> {
-        self.sweep(now);
-        let full = Bucket {
-            tokens: self.per_identity,
-            at: now,
-        };
-        let mut own = *self.identities.get(id).unwrap_or(&full);
-        own.take(self.per_identity, now)
-            .map_err(|wait| Wait { own: true, wait })?;
+        let own = self.identities.taken(id, now);
+        let own = own.map_err(|wait| Wait { own: true, wait })?;
         let overall = self.overall.take(self.overall_max, now);
         overall.map_err(|wait| Wait { own: false, wait })?;
-        self.identities.insert(id.clone(), own);
+        self.identities.by_key.insert(id.clone(), own);
         Ok(())
+    }
+}
+
+impl<K: Clone + Eq + Hash> Buckets<K> {
+    /// Full buckets, of which at most `keys_max` are remembered.
+    pub fn new(per_minute: u32, keys_max: usize, now: SystemTime) -> Self {
+        Self {
+            per_minute: f64::from(per_minute),
+            keys_max,
+            by_key: HashMap::new(),
+            swept: now,
+        }
+    }
+
+    /// Takes one for `key`.
+    ///
+    /// # Errors
+    ///
+    /// How long until one is free; nothing was taken then.
+    pub fn take(&mut self, key: &K, now: SystemTime) -> Result<(), Duration> {
+        let bucket = self.taken(key, now)?;
+        self.by_key.insert(key.clone(), bucket);
+        Ok(())
+    }
+
+    /// The bucket of `key` with one less in it, not put back yet.
+    fn taken(&mut self, key: &K, now: SystemTime) -> Result<Bucket, Duration> {
+        self.sweep(now);
+        let known = self.by_key.get(key).copied();
+        if known.is_none() && self.by_key.len() >= self.keys_max {
+            return Err(WINDOW);
+        }
+        let mut bucket = known.unwrap_or(Bucket {
+            tokens: self.per_minute,
+            at: now,
+        });
+        bucket.take(self.per_minute, now)?;
+        Ok(bucket)
     }
 
     /// A bucket that has filled up again says nothing.
@@ -78,7 +120,7 @@ impl IssuanceLimits {
             return;
         }
         self.swept = now;
-        self.identities
+        self.by_key
             .retain(|_, bucket| now.duration_since(bucket.at).unwrap_or_default() < WINDOW);
     }
 }
@@ -142,6 +184,17 @@ mod tests {
     }
 
     #[test]
+    fn strangers_beyond_what_is_remembered_wait() {
+        let now = SystemTime::UNIX_EPOCH;
+        let mut buckets = Buckets::new(2, 2, now);
+        buckets.take(&1, now).unwrap();
+        buckets.take(&2, now).unwrap();
+        assert_eq!(buckets.take(&3, now), Err(WINDOW));
+        buckets.take(&1, now).unwrap();
+        buckets.take(&3, now + WINDOW * 2).unwrap();
+    }
+
+    #[test]
     fn identities_that_are_quiet_are_forgotten() {
         let mut limits = limits(2, 100_000);
         let now = SystemTime::UNIX_EPOCH;
@@ -149,6 +202,6 @@ mod tests {
             limits.take(&id(&format!("w{n}")), now).unwrap();
         }
         limits.take(&id("late"), now + WINDOW * 2).unwrap();
-        assert_eq!(limits.identities.len(), 1);
+        assert_eq!(limits.identities.by_key.len(), 1);
     }
 }

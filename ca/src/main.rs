@@ -80,7 +80,12 @@ async fn serve_until_told(config: Config, clock: Arc<dyn Clock>) -> anyhow::Resu
     // Before anything is started, so that no signal is missed.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let running = Ca::start(config, clock).await.context("cannot start")?;
+    let running = tokio::select! {
+        started = Ca::start(config, clock) => started.context("cannot start")?,
+        // In a cluster a start may wait for the API server.
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

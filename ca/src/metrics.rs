@@ -48,6 +48,10 @@ pub(crate) struct Metrics {
     connections_refused: Family<ReasonLabel, Counter>,
     /// Lineages frozen since the start.
     pub(crate) frozen_lineages: Counter<u64, AtomicU64>,
+    /// Questions that the Kubernetes API did not answer well.
+    kubernetes_failures: Family<WhatLabel, Counter>,
+    /// Bundles written to namespaces.
+    bundle_writes: Family<ResultLabel, Counter>,
     /// Connections of sidecars.
     pub(crate) connections: Number,
     gauges: Gauges,
@@ -65,11 +69,24 @@ struct Gauges {
     revocations: Number,
     root_not_after: Number,
     intermediate_not_after: Number,
+    bundle_namespaces: Number,
+    bundle_namespaces_behind: Number,
+    keys_behind: Number,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EvidenceLabel {
     evidence: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WhatLabel {
+    what: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    result: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -87,11 +104,14 @@ impl Metrics {
             handshake_failures: Family::default(),
             connections_refused: Family::default(),
             frozen_lineages: Counter::default(),
+            kubernetes_failures: Family::default(),
+            bundle_writes: Family::default(),
             connections: Number::default(),
             gauges: Gauges::default(),
         };
         metrics.register_counters();
         metrics.register_gauges();
+        metrics.register_cluster_gauges();
         metrics
     }
 
@@ -111,6 +131,16 @@ impl Metrics {
         registry.register("connections_refused", "Connections turned away", refused);
         let frozen = self.frozen_lineages.clone();
         registry.register("lineages_frozen", "SVIDs renewed with two keys", frozen);
+        registry.register(
+            "kubernetes_failures",
+            "Questions that the Kubernetes API did not answer well",
+            self.kubernetes_failures.clone(),
+        );
+        registry.register(
+            "bundle_writes",
+            "Bundles written to namespaces",
+            self.bundle_writes.clone(),
+        );
     }
 
     fn register_gauges(&mut self) {
@@ -124,6 +154,7 @@ impl Metrics {
             revocations,
             root_not_after,
             intermediate_not_after,
+            ..
         } = &self.gauges;
         let gauges = [
             (
@@ -162,10 +193,59 @@ impl Metrics {
         }
     }
 
+    /// What only a CA in a cluster has something to say about.
+    fn register_cluster_gauges(&mut self) {
+        let gauges = &self.gauges;
+        let cluster = [
+            (
+                "bundle_namespaces",
+                "Namespaces that the bundle has to be in",
+                &gauges.bundle_namespaces,
+            ),
+            (
+                "bundle_namespaces_behind",
+                "Namespaces in which the bundle is not as it should be",
+                &gauges.bundle_namespaces_behind,
+            ),
+            (
+                "keys_behind",
+                "1 while the keys that replicas share cannot be read",
+                &gauges.keys_behind,
+            ),
+        ];
+        for (name, help, gauge) in cluster {
+            self.registry.register(name, help, gauge.clone());
+        }
+    }
+
     /// Counts a certificate.
     pub(crate) fn issued(&self, evidence: &'static str) {
         let label = EvidenceLabel { evidence };
         self.issued.get_or_create_owned(&label).inc();
+    }
+
+    /// Counts a question that the Kubernetes API did not answer well.
+    pub(crate) fn kubernetes_failed(&self, what: &'static str) {
+        let label = WhatLabel { what };
+        self.kubernetes_failures.get_or_create_owned(&label).inc();
+    }
+
+    /// Counts a bundle written, or not.
+    pub(crate) fn bundle_written(&self, result: &'static str) {
+        let label = ResultLabel { result };
+        self.bundle_writes.get_or_create_owned(&label).inc();
+    }
+
+    /// In how many namespaces the bundle has to be, and in how many it is not as it should be.
+    pub(crate) fn bundles(&self, namespaces: usize, behind: usize) {
+        let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        self.gauges.bundle_namespaces.set(number(namespaces));
+        self.gauges.bundle_namespaces_behind.set(number(behind));
+    }
+
+    /// Whether what replicas share can be read.
+    pub(crate) fn keys_read(&self, read: bool) {
+        self.gauges.keys_behind.set(i64::from(!read));
     }
 
     /// Counts a refusal.

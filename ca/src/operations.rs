@@ -1,9 +1,11 @@
 //! What an administrator may do to a running CA.
 //!
 //! Each change is checked, written to the ledger, and only then put into effect and published; one
-//! at a time. The socket and the library's own callers come through here alike.
+//! at a time. Where replicas share their keys, it is also written there in between, and checked anew
+//! when another replica was faster. The socket and the library's own callers come through here alike.
 //!
-//! Invariant: what is in effect is in the ledger, so it is in effect after a restart too.
+//! Invariant: what is in effect is in the ledger of the replica that was asked, and survives a
+//! restart.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,15 +21,17 @@ use zeroize::Zeroizing;
 
 use crate::authority::{Root, unix_moment, unix_seconds};
 use crate::digest::{Digest, NoRandomness, Serial, random, to_hex};
-use crate::issuer::{Issuer, RenewalError};
+use crate::issuer::{ATTEMPTS, Issuer, OWN_LIFETIME_MIN, RenewalError};
 use crate::key::Key;
+use crate::keystore::KeyStoreError;
 use crate::ledger::{Event, LedgerError, Token};
-use crate::registry::{CONTROL_PLANE, Registry, RootState};
-use crate::roots::{self, ROOT_NEXT_KEY, RootsError};
-use crate::state::Visibility;
+use crate::registry::{CONTROL_PLANE, RootState};
 
 /// Longest life of a join token.
 pub const TOKEN_LIFETIME_MAX: Duration = Duration::from_hours(24);
+
+/// How far the clocks of two replicas may be apart, and a certificate be backdated.
+const CLOCKS_APART: Duration = Duration::from_mins(10);
 
 /// Most identities that one message names.
 const NAMED_MAX: usize = 5;
@@ -50,9 +54,9 @@ pub enum OperationError {
     /// It cannot be recorded.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
-    /// A file cannot be written.
+    /// Keys cannot be read or written.
     #[error(transparent)]
-    Roots(#[from] RootsError),
+    Keys(#[from] KeyStoreError),
     /// It is recorded, but not all of it is in effect yet; the CA goes on trying.
     #[error("it is recorded, but not complete yet: {0}")]
     Incomplete(String),
@@ -67,7 +71,7 @@ impl OperationError {
             Self::NotFound(_) => Code::NotFound,
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::Full(_) => Code::ResourceExhausted,
-            Self::Ledger(_) | Self::Roots(_) | Self::Incomplete(_) => Code::Unavailable,
+            Self::Ledger(_) | Self::Keys(_) | Self::Incomplete(_) => Code::Unavailable,
         };
         Status::new(code, self.to_string())
     }
@@ -124,6 +128,14 @@ impl Issuer {
         service_account: &str,
         lifetime: Option<Duration>,
     ) -> Result<CreatedToken, OperationError> {
+        if self.cluster.is_some() {
+            return Err(OperationError::Precondition(
+                "in a cluster a join token is never evidence: a pod proves its identity with its \
+                 service account's token; label its namespace `sidegate.dev/inject: enabled` and \
+                 start it again"
+                    .to_owned(),
+            ));
+        }
         let _held = self.change.lock().await;
         let invalid = |text: String| OperationError::Invalid(text);
         let trust_domain = &self.config.trust_domain;
@@ -148,7 +160,7 @@ impl Issuer {
                     "there are {max} join tokens already; wait until some have expired"
                 )));
             }
-            if registry.revoked_ids().contains(&id) {
+            if registry.revoked_ids().contains_key(&id) {
                 return Err(OperationError::Precondition(format!(
                     "{id} is revoked; run `sidegate-ca reinstate {id}` first"
                 )));
@@ -199,18 +211,19 @@ impl Issuer {
     pub async fn revoke_identity(&self, text: &str) -> Result<u64, OperationError> {
         let _held = self.change.lock().await;
         let spiffe_id = self.workload_id(text)?;
-        if self.registry().revoked_ids().contains(&spiffe_id) {
-            return Ok(self.registry().sequence());
-        }
-        self.require_room(1)?;
-        let sequence = self.next_sequence();
-        self.write(Event::IdentityRevoked {
-            spiffe_id,
-            sequence,
-        })
-        .await?;
+        let decide = || {
+            if self.registry().revoked_ids().contains_key(&spiffe_id) {
+                return Ok(None);
+            }
+            self.require_room(1)?;
+            Ok(Some(Event::IdentityRevoked {
+                spiffe_id: spiffe_id.clone(),
+                sequence: self.next_sequence(),
+            }))
+        };
+        let sequence = self.commit(decide, None).await?;
         tracing::warn!(peer.id = text, sequence, "identity revoked");
-        Ok(self.publish()?)
+        Ok(sequence)
     }
 
     /// Revokes one certificate; returns the bundle's sequence.
@@ -224,34 +237,43 @@ impl Issuer {
         let serial: Serial = plain.parse().map_err(|_hex| {
             OperationError::Invalid(format!("{text} is no serial number: 32 hexadecimal digits"))
         })?;
+        let not_after = self.end_of(serial)?;
+        let decide = || {
+            let registry = self.registry();
+            let revoked = registry.revoked_serials().any(|revoked| *revoked == serial);
+            drop(registry);
+            if revoked {
+                return Ok(None);
+            }
+            self.require_room(1)?;
+            Ok(Some(Event::SerialRevoked {
+                serial,
+                not_after,
+                sequence: self.next_sequence(),
+            }))
+        };
+        let sequence = self.commit(decide, None).await?;
+        tracing::warn!(%serial, sequence, "certificate revoked");
+        Ok(sequence)
+    }
+
+    /// When the certificate with that serial number ends, in Unix seconds; at the latest, for one
+    /// that another replica may have issued.
+    fn end_of(&self, serial: Serial) -> Result<u64, OperationError> {
         let certificate = self.registry().certificate(&serial).cloned();
-        let certificate = certificate
-            .filter(|certificate| certificate.spiffe_id.workload().is_some())
-            .ok_or_else(|| {
-                OperationError::NotFound(format!(
-                    "no certificate in date has serial number {serial}; `sidegate-ca issued` \
-                     shows all"
-                ))
-            })?;
-        self.workload_id(certificate.spiffe_id.as_str())?;
-        if self
-            .registry()
-            .revoked_serials()
-            .any(|revoked| *revoked == serial)
-        {
-            return Ok(self.registry().sequence());
+        let workload = certificate.filter(|known| known.spiffe_id.workload().is_some());
+        if let Some(certificate) = workload {
+            self.workload_id(certificate.spiffe_id.as_str())?;
+            return Ok(certificate.not_after);
         }
-        self.require_room(1)?;
-        let sequence = self.next_sequence();
-        let not_after = certificate.not_after;
-        self.write(Event::SerialRevoked {
-            serial,
-            not_after,
-            sequence,
-        })
-        .await?;
-        tracing::warn!(%serial, peer.id = %certificate.spiffe_id, sequence, "certificate revoked");
-        Ok(self.publish()?)
+        let signs = self.intermediate().has_serial(serial);
+        if self.cluster.is_some() && !signs {
+            let latest = self.clock.now() + self.config.leaf_lifetime.max(OWN_LIFETIME_MIN);
+            return Ok(unix_seconds(latest));
+        }
+        Err(OperationError::NotFound(format!(
+            "no certificate in date has serial number {serial}; `sidegate-ca issued` shows all"
+        )))
     }
 
     /// Accepts an identity again. Its certificates of before stay revoked.
@@ -262,28 +284,45 @@ impl Issuer {
     pub async fn reinstate(&self, text: &str) -> Result<u64, OperationError> {
         let _held = self.change.lock().await;
         let spiffe_id = self.workload_id(text)?;
-        if !self.registry().revoked_ids().contains(&spiffe_id) {
-            return Err(OperationError::NotFound(format!(
-                "{spiffe_id} is not revoked"
-            )));
-        }
-        let serials: Vec<(Serial, u64)> = {
-            let registry = self.registry();
-            let certificates = registry.certificates();
-            let own = certificates.filter(|certificate| certificate.spiffe_id == spiffe_id);
-            own.map(|certificate| (certificate.serial, certificate.not_after))
-                .collect()
+        let decide = || {
+            let since = self.registry().revoked_ids().get(&spiffe_id).copied();
+            let since = since
+                .ok_or_else(|| OperationError::NotFound(format!("{spiffe_id} is not revoked")))?;
+            self.require_ended(since)?;
+            let serials: Vec<(Serial, u64)> = {
+                let registry = self.registry();
+                let certificates = registry.certificates();
+                let own = certificates.filter(|certificate| certificate.spiffe_id == spiffe_id);
+                own.map(|certificate| (certificate.serial, certificate.not_after))
+                    .collect()
+            };
+            self.require_room(serials.len())?;
+            Ok(Some(Event::Reinstated {
+                spiffe_id: spiffe_id.clone(),
+                serials,
+                sequence: self.next_sequence(),
+            }))
         };
-        self.require_room(serials.len())?;
-        let sequence = self.next_sequence();
-        self.write(Event::Reinstated {
-            spiffe_id,
-            serials,
-            sequence,
-        })
-        .await?;
+        let sequence = self.commit(decide, None).await?;
         tracing::warn!(peer.id = text, sequence, "identity reinstated");
-        Ok(self.publish()?)
+        Ok(sequence)
+    }
+
+    /// Among replicas nobody knows every certificate of an identity, so its denylist entry stays
+    /// until all of them have ended.
+    fn require_ended(&self, since: u64) -> Result<(), OperationError> {
+        if self.cluster.is_none() {
+            return Ok(());
+        }
+        let end = unix_moment(since) + self.config.leaf_lifetime + CLOCKS_APART;
+        if self.clock.now() >= end {
+            return Ok(());
+        }
+        Err(OperationError::Precondition(format!(
+            "its certificates of before may be in date until {}; reinstate it then, or give the \
+             workload another service account",
+            humantime::format_rfc3339_seconds(end)
+        )))
     }
 
     // ---- Roots -------------------------------------------------------------------------------
@@ -302,7 +341,7 @@ impl Issuer {
             CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|error| invalid(&error))?;
         let root = Root::check(&der, &self.config.trust_domain, self.clock.now());
         let root = root.map_err(|error| invalid(&error))?;
-        self.publish_root(&root, false).await
+        self.publish_root(&root, None).await
     }
 
     /// Makes the next root and publishes it beside the active one.
@@ -312,6 +351,21 @@ impl Issuer {
     /// [`OperationError::Precondition`] when a rotation is under way.
     pub async fn prepare_root(&self) -> Result<u64, OperationError> {
         let _held = self.change.lock().await;
+        self.take_in().await?;
+        let key = Key::generate()?;
+        let serial = Serial::random()?;
+        let now = self.clock.now();
+        let failed = |error: &dyn std::fmt::Display| OperationError::Incomplete(error.to_string());
+        let der = Root::make(&self.config.trust_domain, &key, serial, now)
+            .map_err(|error| failed(&error))?;
+        let root = Root::check(&der, &self.config.trust_domain, now);
+        let root = root.map_err(|error| failed(&error))?;
+        let pem = key.to_pem()?;
+        self.require_no_rotation()?;
+        self.publish_root(&root, Some(&pem)).await
+    }
+
+    fn require_no_rotation(&self) -> Result<(), OperationError> {
         for (state, next) in [
             (RootState::Prepared, "activate it, or remove it, first"),
             (RootState::Retiring, "retire it first"),
@@ -324,28 +378,20 @@ impl Issuer {
                 )));
             }
         }
-        let key = Key::generate()?;
-        let serial = Serial::random()?;
-        let now = self.clock.now();
-        let failed = |error: &dyn std::fmt::Display| OperationError::Incomplete(error.to_string());
-        let der = Root::make(&self.config.trust_domain, &key, serial, now)
-            .map_err(|error| failed(&error))?;
-        let root = Root::check(&der, &self.config.trust_domain, now);
-        let root = root.map_err(|error| failed(&error))?;
-        let pem = key.to_pem()?;
-        self.files(move |folder, _| {
-            Ok(folder.replace(ROOT_NEXT_KEY, pem.as_bytes(), Visibility::Secret)?)
-        })
-        .await?;
-        let published = self.publish_root(&root, true).await;
-        if published.is_err() {
-            self.files(roots::finish_rotation).await?;
-        }
-        published
+        Ok(())
     }
 
-    async fn publish_root(&self, root: &Root, own: bool) -> Result<u64, OperationError> {
-        {
+    /// `key` comes with a root that is to sign one day.
+    async fn publish_root(
+        &self,
+        root: &Root,
+        key: Option<&Zeroizing<String>>,
+    ) -> Result<u64, OperationError> {
+        let own = key.is_some();
+        let decide = || {
+            if own {
+                self.require_no_rotation()?;
+            }
             let registry = self.registry();
             if registry
                 .roots()
@@ -365,16 +411,15 @@ impl Issuer {
             TrustUpdate::new(message)
                 .check(&self.config.trust_domain)
                 .map_err(|error| OperationError::Invalid(error.to_string()))?;
-        }
-        let sequence = self.next_sequence();
-        let event = Event::RootAdded {
-            root: BASE64.encode(&root.der),
-            own,
-            sequence,
+            Ok(Some(Event::RootAdded {
+                root: BASE64.encode(&root.der),
+                own,
+                sequence: registry.next_sequence(self.clock.now()),
+            }))
         };
-        self.write(event).await?;
+        let sequence = self.commit(decide, key).await?;
         tracing::warn!(root = %root.sha256, own, sequence, "root added");
-        self.publish_roots().await
+        Ok(sequence)
     }
 
     /// Signs under the prepared root from now on.
@@ -384,28 +429,29 @@ impl Issuer {
     /// [`OperationError::Precondition`] unless every sidecar has acknowledged it, or with `force`.
     pub async fn activate_root(self: &Arc<Self>, force: bool) -> Result<u64, OperationError> {
         let _held = self.change.lock().await;
-        let prepared = self.registry().root(RootState::Prepared).cloned();
-        let prepared = prepared.ok_or_else(|| {
-            OperationError::Precondition(
-                "no root is prepared; run `sidegate-ca root prepare` first".to_owned(),
-            )
-        })?;
-        let waiting = self.waiting_for(&prepared);
-        if let Some(waiting) = &waiting {
-            if !force {
-                return Err(OperationError::Precondition(format!(
-                    "{waiting}; wait for them, or override with --force"
-                )));
+        let decide = || {
+            let prepared = self.registry().root(RootState::Prepared).cloned();
+            let prepared = prepared.ok_or_else(|| {
+                OperationError::Precondition(
+                    "no root is prepared; run `sidegate-ca root prepare` first".to_owned(),
+                )
+            })?;
+            let waiting = self.waiting_for(&prepared);
+            if let Some(waiting) = &waiting {
+                if !force {
+                    return Err(OperationError::Precondition(format!(
+                        "{waiting}; wait for them, or override with --force"
+                    )));
+                }
+                tracing::warn!(waiting, "root activated by force");
             }
-            tracing::warn!(waiting, "root activated by force");
-        }
-        let forced = waiting.is_some();
-        let sha256 = prepared.sha256;
-        self.write(Event::RootActivated { sha256, forced }).await?;
-        tracing::warn!(root = %sha256, forced, "root activated");
-        self.files(move |folder, _| roots::active_key(folder, &prepared).map(drop))
-            .await?;
-        let sequence = self.publish_roots().await?;
+            Ok(Some(Event::RootActivated {
+                sha256: prepared.sha256,
+                forced: waiting.is_some(),
+            }))
+        };
+        let sequence = self.commit(decide, None).await?;
+        tracing::warn!(sequence, "root activated");
         self.renew_intermediate().await?;
         self.renew_own().await?;
         Ok(sequence)
@@ -440,6 +486,19 @@ impl Issuer {
             waiting.push(format!(
                 "{anonymous} callers without a certificate have not acknowledged bundle {sequence}"
             ));
+        }
+        let added = registry
+            .roots()
+            .into_iter()
+            .find(|known| self.cluster.is_some() && known.root.sha256 == prepared.sha256);
+        if let Some(added) = added {
+            let end = unix_moment(added.added) + self.config.leaf_lifetime + CLOCKS_APART;
+            if self.clock.now() < end {
+                waiting.push(format!(
+                    "certificates from before the root was prepared may be in date until {}",
+                    humantime::format_rfc3339_seconds(end)
+                ));
+            }
         }
         (!waiting.is_empty()).then(|| waiting.join("; "))
     }
@@ -476,37 +535,35 @@ impl Issuer {
 
     async fn remove(&self, sha256: Digest, force: bool) -> Result<u64, OperationError> {
         let _held = self.change.lock().await;
-        let known = self.registry().roots();
-        let known = known.iter().find(|known| known.root.sha256 == sha256);
-        let state = known.map(|known| known.state).ok_or_else(|| {
-            OperationError::NotFound(format!(
-                "no root {sha256} in the bundle; `sidegate-ca root list` shows all"
-            ))
-        })?;
-        if state == RootState::Active {
-            return Err(OperationError::Precondition(
-                "this root signs; activate another one first".to_owned(),
-            ));
-        }
-        let in_use = self.in_use(sha256);
-        if let Some(in_use) = &in_use
-            && !force
-        {
-            return Err(OperationError::Precondition(format!(
-                "{in_use}; wait until then, or override with `root retire --force`"
-            )));
-        }
-        let forced = in_use.is_some();
-        let sequence = self.next_sequence();
-        self.write(Event::RootRemoved {
-            sha256,
-            forced,
-            sequence,
-        })
-        .await?;
-        tracing::warn!(root = %sha256, forced, sequence, "root removed");
-        let sequence = self.publish_roots().await?;
-        self.files(roots::finish_rotation).await?;
+        let decide = || {
+            let known = self.registry().roots();
+            let known = known.iter().find(|known| known.root.sha256 == sha256);
+            let state = known.map(|known| known.state).ok_or_else(|| {
+                OperationError::NotFound(format!(
+                    "no root {sha256} in the bundle; `sidegate-ca root list` shows all"
+                ))
+            })?;
+            if state == RootState::Active {
+                return Err(OperationError::Precondition(
+                    "this root signs; activate another one first".to_owned(),
+                ));
+            }
+            let in_use = self.in_use(sha256);
+            if let Some(in_use) = &in_use
+                && !force
+            {
+                return Err(OperationError::Precondition(format!(
+                    "{in_use}; wait until then, or override with `root retire --force`"
+                )));
+            }
+            Ok(Some(Event::RootRemoved {
+                sha256,
+                forced: in_use.is_some(),
+                sequence: self.next_sequence(),
+            }))
+        };
+        let sequence = self.commit(decide, None).await?;
+        tracing::warn!(root = %sha256, sequence, "root removed");
         Ok(sequence)
     }
 
@@ -522,10 +579,13 @@ impl Issuer {
             .certificates()
             .filter(|certificate| certificate.root_sha256 == sha256)
             .filter(|certificate| is_workload(&certificate.spiffe_id))
-            .filter(|certificate| !registry.revoked_ids().contains(&certificate.spiffe_id))
+            .filter(|certificate| !registry.revoked_ids().contains_key(&certificate.spiffe_id))
             .filter(|certificate| !revoked(&certificate.serial))
             .map(|certificate| certificate.not_after)
             .collect();
+        if self.cluster.is_some() {
+            return self.in_use_among_replicas();
+        }
         let last = ends.iter().max()?;
         Some(format!(
             "{} certificates under this root are in date, the last until {}",
@@ -534,36 +594,83 @@ impl Issuer {
         ))
     }
 
+    /// No replica knows what the others have issued under the former root. All of it has ended
+    /// one leaf's life after the present intermediate began to sign.
+    fn in_use_among_replicas(&self) -> Option<String> {
+        let began = self.intermediate().not_before;
+        let end = began + self.config.leaf_lifetime + CLOCKS_APART;
+        (self.clock.now() < end).then(|| {
+            format!(
+                "certificates under this root may be in date until {}",
+                humantime::format_rfc3339_seconds(end)
+            )
+        })
+    }
+
     // ---- Steps ---------------------------------------------------------------------------------
+
+    /// Decides on what is known now, and puts it into effect; decides anew when another replica was
+    /// faster. Returns the bundle's sequence. Hold [`Self::change`].
+    async fn commit(
+        &self,
+        decide: impl Fn() -> Result<Option<Event>, OperationError> + Send + Sync,
+        next: Option<&Zeroizing<String>>,
+    ) -> Result<u64, OperationError> {
+        for _ in 0..ATTEMPTS {
+            self.take_in().await?;
+            let Some(event) = decide()? else {
+                return Ok(self.registry().sequence());
+            };
+            if let Some(next) = next {
+                self.keys.stage(next).await?;
+            }
+            match self.share(&event, next).await {
+                Ok(()) => {}
+                Err(OperationError::Keys(KeyStoreError::Conflict)) => continue,
+                Err(error) => {
+                    if next.is_some() {
+                        self.settle().await?;
+                    }
+                    return Err(error);
+                }
+            }
+            let sequence = self.publish()?;
+            if is_about_roots(&event) {
+                self.settle().await?;
+            }
+            return Ok(sequence);
+        }
+        Err(KeyStoreError::Conflict.into())
+    }
+
+    /// The ledger, then the keys that replicas share, then our own memory.
+    async fn share(
+        &self,
+        event: &Event,
+        next: Option<&Zeroizing<String>>,
+    ) -> Result<(), OperationError> {
+        self.ledger.append(event.clone()).await?;
+        let after = self.registry().shared_after(event);
+        if let Err(error) = self.keys.share(&after, next).await {
+            let abandoned = Event::Abandoned {
+                sequence: after.sequence,
+                reason: error.to_string(),
+            };
+            self.ledger.append(abandoned).await?;
+            return Err(error.into());
+        }
+        self.registry().apply(event);
+        Ok(())
+    }
+
+    async fn settle(&self) -> Result<(), KeyStoreError> {
+        let roots = self.registry().roots_only();
+        self.keys.settle(roots).await
+    }
 
     async fn write(&self, event: Event) -> Result<(), LedgerError> {
         self.ledger.append(event.clone()).await?;
         self.registry().apply(&event);
-        Ok(())
-    }
-
-    async fn publish_roots(&self) -> Result<u64, OperationError> {
-        let sequence = self.publish()?;
-        let all = self.registry().roots();
-        self.files(move |folder, _| roots::write_root_pem(folder, &all))
-            .await?;
-        Ok(sequence)
-    }
-
-    /// Works on the state folder where blocking is no harm.
-    async fn files(
-        &self,
-        work: impl FnOnce(&crate::state::StateFolder, &Registry) -> Result<(), RootsError>
-        + Send
-        + 'static,
-    ) -> Result<(), OperationError> {
-        let folder = Arc::clone(&self.folder);
-        let registry = self.registry().roots_only();
-        let task = self
-            .tracker
-            .spawn_blocking(move || work(&folder, &registry));
-        let done = task.await;
-        done.map_err(|error| OperationError::Incomplete(error.to_string()))??;
         Ok(())
     }
 
@@ -602,6 +709,13 @@ impl Issuer {
         }
         Ok(id)
     }
+}
+
+fn is_about_roots(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::RootAdded { .. } | Event::RootActivated { .. } | Event::RootRemoved { .. }
+    )
 }
 
 fn is_workload(id: &SpiffeId) -> bool {

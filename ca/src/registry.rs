@@ -16,6 +16,7 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use rustls_pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
 use sidegate_api::identity as proto;
 use sidegate_mesh::spiffe::{SpiffeId, TrustDomain};
 use sidegate_mtls::PeerCertificate;
@@ -41,7 +42,8 @@ pub struct Registry {
     intended: HashMap<Serial, Issuance>,
     live: HashMap<Serial, Issuance>,
     frozen: BTreeSet<Serial>,
-    revoked_ids: BTreeSet<SpiffeId>,
+    by_pod: HashMap<String, (Serial, u64)>,
+    revoked_ids: BTreeMap<SpiffeId, u64>,
     revoked_serials: BTreeMap<Serial, u64>,
     roots: Vec<TrustedRoot>,
     sequence: u64,
@@ -58,16 +60,33 @@ pub struct TokenState {
 }
 
 /// A root in the bundle.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustedRoot {
     /// The certificate.
     pub root: Root,
     /// What it is to us.
     pub state: RootState,
+    /// The bundle's sequence with which it came. Sequences follow the clock, so it came not later
+    /// than that Unix time in seconds.
+    pub added: u64,
+}
+
+/// What the replicas of a CA have in common.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// The bundle's sequence.
+    pub sequence: u64,
+    /// The roots in the bundle, the active one first.
+    pub roots: Vec<TrustedRoot>,
+    /// Identities revoked, with the bundle's sequence from which on they are.
+    pub revoked_ids: BTreeMap<SpiffeId, u64>,
+    /// Serial numbers revoked, with the Unix time in seconds of the certificate's end.
+    pub revoked_serials: BTreeMap<Serial, u64>,
 }
 
 /// What a trusted root is to this CA.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum RootState {
     /// It signs.
     Active,
@@ -98,6 +117,8 @@ enum EvidenceKey {
     /// The SVID's key, not its serial number: a repeated renewal gives one key two SVIDs, and the
     /// two must not start two lines.
     Svid(Digest),
+    /// A pod asks with the same token again and again, each time with a new key.
+    Pod(String),
     Own,
 }
 
@@ -146,7 +167,8 @@ impl Registry {
             intended: HashMap::new(),
             live: HashMap::new(),
             frozen: BTreeSet::new(),
-            revoked_ids: BTreeSet::new(),
+            by_pod: HashMap::new(),
+            revoked_ids: BTreeMap::new(),
             revoked_serials: BTreeMap::new(),
             roots: Vec::new(),
             sequence: 0,
@@ -186,7 +208,7 @@ impl Registry {
                 sequence,
             } => {
                 self.created = Some(trust_domain.clone());
-                self.add_root(root, RootState::Active);
+                self.add_root(root, RootState::Active, *sequence);
                 self.advance(*sequence);
             }
             Event::Intended(issuance) => self.apply_intended(issuance),
@@ -205,7 +227,7 @@ impl Registry {
                     state.revoked = true;
                 }
             }
-            Event::Repaired { .. } => {}
+            Event::Abandoned { .. } | Event::Repaired { .. } => {}
             bundle => self.apply_bundle(bundle),
         }
     }
@@ -216,7 +238,7 @@ impl Registry {
                 spiffe_id,
                 sequence,
             } => {
-                self.revoked_ids.insert(spiffe_id.clone());
+                self.revoked_ids.insert(spiffe_id.clone(), *sequence);
                 self.advance(*sequence);
             }
             Event::SerialRevoked {
@@ -246,7 +268,7 @@ impl Registry {
                 } else {
                     RootState::Added
                 };
-                self.add_root(root, state);
+                self.add_root(root, state, *sequence);
                 self.advance(*sequence);
             }
             Event::RootActivated { sha256, .. } => self.activate(*sha256),
@@ -265,10 +287,14 @@ impl Registry {
         let token_ends = match &issuance.evidence {
             Evidence::JoinToken(token) => self.tokens.get(token).map(|state| state.token.expires),
             Evidence::Svid(parent) => self.live.get(parent).map(|parent| parent.not_after),
-            Evidence::Own => None,
+            Evidence::Pod(_) | Evidence::Own => None,
         };
         let key = issuance.public_key_sha256;
-        if evidence != EvidenceKey::Own {
+        if let EvidenceKey::Pod(uid) = &evidence {
+            let of_pod = (issuance.lineage, issuance.not_after);
+            self.by_pod.insert(uid.clone(), of_pod);
+        }
+        if evidence.is_used_up() {
             let until = token_ends.unwrap_or(issuance.not_after);
             make_durable(&mut self.by_evidence, evidence.clone(), key, until);
         }
@@ -289,14 +315,14 @@ impl Registry {
         }
     }
 
-    fn add_root(&mut self, base64: &str, state: RootState) {
+    fn add_root(&mut self, base64: &str, state: RootState, added: u64) {
         let der = BASE64.decode(base64).map_err(|error| error.to_string());
         let root = der.and_then(|der| {
             let der = CertificateDer::from(der);
             Root::parse(&der, &self.trust_domain).map_err(|error| error.to_string())
         });
         match root {
-            Ok(root) => self.roots.push(TrustedRoot { root, state }),
+            Ok(root) => self.roots.push(TrustedRoot { root, state, added }),
             Err(problem) => self
                 .problems
                 .push(format!("a root of the ledger: {problem}")),
@@ -325,6 +351,7 @@ impl Registry {
         self.by_key.retain(|_, claim| claim.counts(now));
         self.intended
             .retain(|_, issuance| issuance.not_after >= now);
+        self.by_pod.retain(|_, (_, not_after)| *not_after >= now);
         self.live.retain(|_, issuance| issuance.not_after >= now);
         let lineages: BTreeSet<Serial> = self.live.values().map(|live| live.lineage).collect();
         self.frozen.retain(|lineage| lineages.contains(lineage));
@@ -362,6 +389,7 @@ impl Registry {
             evidence: Evidence::JoinToken(state.token.token.clone()),
             lineage: None,
             key: None,
+            dns_names: Vec::new(),
         })
     }
 
@@ -397,11 +425,12 @@ impl Registry {
             evidence: Evidence::Svid(issued.serial),
             lineage: Some(issued.lineage),
             key: Some(issued.public_key_sha256),
+            dns_names: Vec::new(),
         })
     }
 
     fn require_not_revoked(&self, id: &SpiffeId) -> Result<(), Refusal> {
-        if self.revoked_ids.contains(id) {
+        if self.revoked_ids.contains_key(id) {
             return Err(Refusal::Denied("the identity is revoked"));
         }
         Ok(())
@@ -455,7 +484,10 @@ impl Registry {
             .filter(|claim| claim.durable)
             .map(|claim| claim.until);
         let lineage = by_key.map(|claim| claim.holder.lineage);
-        let lineage = lineage.or(attested.lineage).unwrap_or(serial);
+        let lineage = lineage
+            .or(attested.lineage)
+            .or_else(|| self.lineage_of_pod(&evidence))
+            .unwrap_or(serial);
         let by_evidence = self
             .by_evidence
             .get(&evidence)
@@ -467,7 +499,7 @@ impl Registry {
             Some(_) => return Err(EvidenceError::TokenUsed.into()),
             None => {}
         }
-        if evidence != EvidenceKey::Own {
+        if evidence.is_used_up() {
             add_pending(&mut self.by_evidence, evidence.clone(), key, now);
         }
         let certified = Certified {
@@ -483,6 +515,14 @@ impl Registry {
         })
     }
 
+    /// The certificates of one pod are one line, each attested anew.
+    fn lineage_of_pod(&self, evidence: &EvidenceKey) -> Option<Serial> {
+        match evidence {
+            EvidenceKey::Pod(uid) => self.by_pod.get(uid).map(|(lineage, _)| *lineage),
+            EvidenceKey::Token(_) | EvidenceKey::Svid(_) | EvidenceKey::Own => None,
+        }
+    }
+
     /// Ends a reservation. `written` is the entry that is on disk now; without it, what was
     /// claimed is free again, unless an earlier request holds it.
     pub fn settle(&mut self, reservation: Reservation, written: Option<&Event>) {
@@ -490,7 +530,9 @@ impl Registry {
         if let Some(event) = written {
             self.apply(event);
         }
-        drop_pending(&mut self.by_evidence, &evidence);
+        if evidence.is_used_up() {
+            drop_pending(&mut self.by_evidence, &evidence);
+        }
         drop_pending(&mut self.by_key, &key);
     }
 
@@ -524,6 +566,32 @@ impl Registry {
     }
 
     // ---- Bundle ----------------------------------------------------------------------------
+
+    /// What all replicas have in common.
+    pub fn shared(&self) -> Shared {
+        Shared {
+            sequence: self.sequence,
+            roots: self.roots(),
+            revoked_ids: self.revoked_ids.clone(),
+            revoked_serials: self.revoked_serials.clone(),
+        }
+    }
+
+    /// What all replicas have in common once `event` is in effect.
+    pub fn shared_after(&self, event: &Event) -> Shared {
+        let mut after = Self::new(self.trust_domain.clone());
+        after.adopt(self.shared());
+        after.apply(event);
+        after.shared()
+    }
+
+    /// Takes in what another replica, or the Secret, says. The sequence never falls.
+    pub fn adopt(&mut self, shared: Shared) {
+        self.advance(shared.sequence);
+        self.roots = shared.roots;
+        self.revoked_ids = shared.revoked_ids;
+        self.revoked_serials = shared.revoked_serials;
+    }
 
     /// A registry that knows the same roots and nothing else.
     pub(crate) fn roots_only(&self) -> Self {
@@ -559,8 +627,8 @@ impl Registry {
             .map(|trusted| &trusted.root)
     }
 
-    /// Identities revoked.
-    pub fn revoked_ids(&self) -> &BTreeSet<SpiffeId> {
+    /// Identities revoked, with the bundle's sequence from which on they are.
+    pub fn revoked_ids(&self) -> &BTreeMap<SpiffeId, u64> {
         &self.revoked_ids
     }
 
@@ -587,7 +655,7 @@ impl Registry {
                     .collect(),
             }],
             revocations: Some(proto::Revocations {
-                spiffe_ids: self.revoked_ids.iter().map(ToString::to_string).collect(),
+                spiffe_ids: self.revoked_ids.keys().map(ToString::to_string).collect(),
                 serials: self
                     .revoked_serials()
                     .map(|s| s.as_bytes().to_vec())
@@ -630,6 +698,7 @@ impl EvidenceKey {
         match (&issuance.evidence, issuance.parent_key_sha256) {
             (Evidence::JoinToken(token), _) => Self::Token(token.clone()),
             (Evidence::Svid(_), Some(key)) => Self::Svid(key),
+            (Evidence::Pod(pod), _) => Self::Pod(pod.uid.clone()),
             _ => Self::Own,
         }
     }
@@ -638,7 +707,18 @@ impl EvidenceKey {
         match (&attested.evidence, attested.key) {
             (Evidence::JoinToken(token), _) => Self::Token(token.clone()),
             (Evidence::Svid(_), Some(key)) => Self::Svid(key),
+            (Evidence::Pod(pod), _) => Self::Pod(pod.uid.clone()),
             _ => Self::Own,
+        }
+    }
+}
+
+impl EvidenceKey {
+    /// Whether the evidence is good for one key only.
+    fn is_used_up(&self) -> bool {
+        match self {
+            Self::Token(_) | Self::Svid(_) => true,
+            Self::Pod(_) | Self::Own => false,
         }
     }
 }

@@ -29,8 +29,10 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::digest::Digest;
 use crate::issuance::{Attested, EvidenceError, Refusal};
 use crate::issuer::Issuer;
+use crate::kubernetes::attest::Attestor;
 use crate::ledger::Evidence;
 
 /// How often an idle connection is asked whether it is still there.
@@ -289,8 +291,10 @@ impl Identity for IdentityService {
             let registry = self.issuer.registry();
             let named = caller.certificate.as_ref().and_then(|shown| {
                 let serial = crate::digest::Serial::from_bytes(shown.serial.as_bytes())?;
-                let issued = registry.certificate(&serial)?;
-                Some((shown.id.clone(), issued.lineage))
+                let lineage = registry.certificate(&serial).map(|issued| issued.lineage);
+                // Another replica may have issued it.
+                let lineage = lineage.or(self.issuer.cluster.as_ref().map(|_| serial))?;
+                Some((shown.id.clone(), lineage))
             });
             self.issuer.watchers().open(named, caller.address, max)
         };
@@ -319,10 +323,11 @@ impl IdentityService {
         caller: &Caller,
         message: IssueSvidRequest,
     ) -> Result<IssueSvidResponse, Refusal> {
-        let attested = self.attest(caller, message.evidence)?;
+        let attested = self.attest(caller, message.evidence).await?;
         let kind = match attested.evidence {
             Evidence::JoinToken(_) => "join-token",
             Evidence::Svid(_) => "svid",
+            Evidence::Pod(_) => "pod",
             Evidence::Own => "self",
         };
         let spiffe_id = attested.id.to_string();
@@ -334,11 +339,14 @@ impl IdentityService {
         })
     }
 
-    fn attest(
+    async fn attest(
         &self,
         caller: &Caller,
         evidence: Option<EvidenceMessage>,
     ) -> Result<Attested, Refusal> {
+        if let Some(cluster) = &self.issuer.cluster {
+            return self.attest_pod(&cluster.attestor, caller, evidence).await;
+        }
         let now = self.issuer.clock.now();
         match evidence {
             Some(EvidenceMessage::JoinToken(token)) => {
@@ -356,9 +364,28 @@ impl IdentityService {
                     .map_err(EvidenceError::Certificate)?;
                 self.issuer.registry().attest_svid(&peer)
             }
-            Some(EvidenceMessage::ServiceAccountToken(_)) => Err(EvidenceError::Unsupported.into()),
+            Some(EvidenceMessage::ServiceAccountToken(_)) => {
+                Err(EvidenceError::NotInACluster.into())
+            }
             None => Err(EvidenceError::Missing.into()),
         }
+    }
+
+    /// In a cluster every certificate is attested anew.
+    async fn attest_pod(
+        &self,
+        attestor: &Attestor,
+        caller: &Caller,
+        evidence: Option<EvidenceMessage>,
+    ) -> Result<Attested, Refusal> {
+        let Some(EvidenceMessage::ServiceAccountToken(shown)) = evidence else {
+            return Err(EvidenceError::InACluster.into());
+        };
+        let mut attested = attestor.attest(&shown.token, caller.address).await?;
+        // Its key may not be certified a second time; otherwise it proves nothing here.
+        let shown = caller.certificate.as_ref();
+        attested.key = shown.and_then(|shown| Digest::from_bytes(&shown.public_key_sha256));
+        Ok(attested)
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
@@ -113,6 +113,35 @@ impl StateFolder {
         };
         folder.remove_temporaries()?;
         Ok(folder)
+    }
+
+    /// As [`Self::open`], for a folder of a volume that was mounted for this process alone: where
+    /// the mount has widened the mode, it is narrowed again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_volume(path: &Path) -> Result<Self, StateError> {
+        let process = rustix::process::geteuid().as_raw();
+        if let Ok(metadata) = fs::metadata(path)
+            && metadata.is_dir()
+            && metadata.uid() == process
+        {
+            let narrow = fs::Permissions::from_mode(0o700);
+            fs::set_permissions(path, narrow).map_err(io_error("narrow", path))?;
+        }
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        if let Some(parent) = parent.filter(|_| !path.exists()) {
+            // Below a folder with the set-group-ID bit, which `fsGroup` makes, a new one has it.
+            fs::create_dir_all(parent).map_err(io_error("create", parent))?;
+            let create = DirBuilder::new().mode(0o700).create(path);
+            create.map_err(io_error("create", path))?;
+            let narrow = fs::Permissions::from_mode(0o700);
+            fs::set_permissions(path, narrow).map_err(io_error("narrow", path))?;
+        }
+        Self::open(path)
     }
 
     /// The path of a file in the folder.
@@ -341,8 +370,6 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Stat
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn open(parent: &tempfile::TempDir) -> Result<StateFolder, StateError> {
@@ -369,6 +396,20 @@ mod tests {
             let error = open(&parent).unwrap_err().to_string();
             assert!(error.contains("chmod 700"), "{mode:o}: {error}");
         }
+    }
+
+    #[test]
+    fn a_volume_that_a_mount_has_widened_is_narrowed() {
+        let parent = tempfile::tempdir().unwrap();
+        // As `fsGroup` leaves it.
+        fs::set_permissions(parent.path(), fs::Permissions::from_mode(0o2777)).unwrap();
+        let path = parent.path().join("state");
+        let mode = || fs::metadata(&path).unwrap().mode() & 0o7777;
+        drop(StateFolder::open_volume(&path).unwrap());
+        assert_eq!(mode(), 0o700);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o2770)).unwrap();
+        drop(StateFolder::open_volume(&path).unwrap());
+        assert_eq!(mode(), 0o700);
     }
 
     #[test]

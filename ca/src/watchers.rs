@@ -1,7 +1,8 @@
 //! Who watches the bundle, and who has put which sequence to use.
 //!
 //! Acknowledgements count by line of renewals, not by connection: a sidecar that is cut off still
-//! holds its certificate, so a new root waits for it.
+//! holds its certificate, so a new root waits for it. Among replicas only open streams are known,
+//! so there a new root also waits until every certificate from before it has ended.
 //!
 //! Invariant: one record a stream and one a line of renewals in date, so the memory is bounded by
 //! the streams and certificates that there may be.
@@ -19,8 +20,10 @@ use crate::registry::{CONTROL_PLANE, Registry};
 const REFUSAL_MAX: usize = 256;
 
 /// All open streams, and what is known from closed ones.
-#[derive(Default)]
 pub struct Watchers {
+    /// Whether there are other replicas: each knows only what it issued, and a sidecar may
+    /// acknowledge to another one than that which issued its certificate.
+    replicas: bool,
     next: u64,
     streams: HashMap<u64, Watcher>,
     lineages: HashMap<Serial, Acknowledged>,
@@ -49,6 +52,16 @@ pub struct Acknowledged {
 }
 
 impl Watchers {
+    /// Nobody watches yet.
+    pub fn new(replicas: bool) -> Self {
+        Self {
+            replicas,
+            next: 0,
+            streams: HashMap::new(),
+            lineages: HashMap::new(),
+        }
+    }
+
     /// Adds a stream, unless there are `max`. `caller` is identity and lineage.
     pub fn open(
         &mut self,
@@ -130,8 +143,9 @@ impl Watchers {
         };
         let certificates = registry
             .issued()
+            .filter(|_| !self.replicas)
             .filter(|certificate| is_workload(&certificate.spiffe_id))
-            .filter(|certificate| !registry.revoked_ids().contains(&certificate.spiffe_id))
+            .filter(|certificate| !registry.revoked_ids().contains_key(&certificate.spiffe_id))
             .filter(|certificate| !self.lineages.get(&certificate.lineage).is_some_and(current))
             .map(|certificate| certificate.spiffe_id.clone());
         let streams = self

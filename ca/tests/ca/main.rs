@@ -11,11 +11,13 @@
     reason = "tests"
 )]
 
+mod apiserver;
 mod binary;
 mod bundle;
 mod crash;
 mod harness;
 mod issuance;
+mod kubernetes;
 mod roots;
 mod state;
 mod workloads;
