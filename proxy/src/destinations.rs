@@ -366,3 +366,163 @@ impl std::fmt::Debug for Destinations {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use prometheus_client::registry::Registry;
+    use sidegate_mesh::ManualClock;
+
+    use super::*;
+
+    fn destinations(max: u32) -> (Destinations, ManualClock) {
+        let clock = ManualClock::new(SystemTime::UNIX_EPOCH);
+        let limits = LimitsConfig {
+            destinations_max: max,
+            destination_idle_timeout: Duration::from_mins(5),
+            ..LimitsConfig::default()
+        };
+        let metrics = Metrics::new(&mut Registry::default(), 100);
+        let destinations = Destinations::new(&limits, &metrics, Arc::new(clock.clone()));
+        destinations.set_connected(true);
+        (destinations, clock)
+    }
+
+    fn at(last: u8) -> SocketAddr {
+        SocketAddr::from(([10, 96, 0, last], 80))
+    }
+
+    fn external() -> Answer {
+        Answer::Known(Destination::External { refused: false })
+    }
+
+    /// Calls it, and has it answered.
+    fn call(destinations: &Destinations, at: SocketAddr) -> bool {
+        let mut call = std::pin::pin!(destinations.resolve(at));
+        let first = call.as_mut().now_or_never();
+        first.map_or_else(
+            || {
+                destinations.update(at, external());
+                call.now_or_never().is_some_and(|answer| answer.is_ok())
+            },
+            |answer| answer.is_ok(),
+        )
+    }
+
+    fn told(destinations: &Destinations) -> Vec<Change> {
+        std::iter::from_fn(|| destinations.next_change().now_or_never()).collect()
+    }
+
+    #[test]
+    fn a_call_waits_for_the_word_that_it_is_known_and_no_longer_than_a_second() {
+        let (destinations, clock) = destinations(10);
+        let mut call = std::pin::pin!(destinations.resolve(at(1)));
+        assert!(call.as_mut().now_or_never().is_none());
+        destinations.update(at(1), Answer::Unknown);
+        assert!(call.as_mut().now_or_never().is_none(), "not known yet");
+        clock.advance(Duration::from_millis(999));
+        assert!(call.as_mut().now_or_never().is_none());
+        clock.advance(Duration::from_millis(1));
+        assert!(matches!(call.now_or_never(), Some(Err(DestinationUnknown))));
+        assert!(destinations.current(at(1)).is_none());
+        destinations.update(at(1), external());
+        assert!(
+            destinations.current(at(1)).is_some(),
+            "it is still followed"
+        );
+    }
+
+    #[test]
+    fn the_word_of_the_controller_ends_the_wait_at_once() {
+        let (destinations, _clock) = destinations(10);
+        let mut call = std::pin::pin!(destinations.resolve(at(1)));
+        assert!(call.as_mut().now_or_never().is_none());
+        destinations.update(at(1), external());
+        assert!(matches!(
+            call.now_or_never(),
+            Some(Ok(Destination::External { refused: false }))
+        ));
+    }
+
+    #[test]
+    fn what_is_not_called_any_more_is_forgotten_and_told() {
+        let (destinations, clock) = destinations(10);
+        assert!(call(&destinations, at(1)) && call(&destinations, at(2)));
+        assert_eq!(
+            told(&destinations),
+            [Change::Subscribe(at(1)), Change::Subscribe(at(2))]
+        );
+        clock.advance(Duration::from_mins(4));
+        assert!(destinations.current(at(1)).is_some());
+        clock.advance(Duration::from_mins(2));
+        destinations.sweep();
+        assert_eq!(told(&destinations), [Change::Unsubscribe(at(2))]);
+        assert!(destinations.current(at(1)).is_some());
+        assert!(destinations.current(at(2)).is_none());
+    }
+
+    #[test]
+    fn what_is_called_again_before_it_was_told_gets_an_answer_of_its_own() {
+        let (destinations, clock) = destinations(10);
+        assert!(call(&destinations, at(1)));
+        told(&destinations);
+        clock.advance(Duration::from_mins(6));
+        destinations.sweep();
+        assert!(call(&destinations, at(1)));
+        assert_eq!(
+            told(&destinations),
+            [Change::Unsubscribe(at(1)), Change::Subscribe(at(1))]
+        );
+        clock.advance(Duration::from_mins(6));
+        assert!(call(&destinations, at(3)));
+        destinations.sweep();
+        assert_eq!(
+            told(&destinations),
+            [Change::Unsubscribe(at(1)), Change::Subscribe(at(3))]
+        );
+    }
+
+    #[test]
+    fn the_bound_holds_and_makes_room_only_for_what_is_called_less() {
+        let (destinations, clock) = destinations(2);
+        assert!(call(&destinations, at(1)) && call(&destinations, at(2)));
+        assert!(!call(&destinations, at(3)), "both were just called");
+        assert_eq!(destinations.refused.get(), 1);
+        clock.advance(KEPT_MIN);
+        assert!(destinations.current(at(2)).is_some());
+        assert!(call(&destinations, at(3)));
+        assert!(destinations.current(at(1)).is_none());
+        assert!(destinations.current(at(2)).is_some());
+        assert_eq!(destinations.known.get(), 2);
+        clock.advance(Duration::from_mins(1));
+        destinations.set_connected(false);
+        assert!(!call(&destinations, at(4)), "nobody could say what it is");
+        assert!(destinations.current(at(2)).is_some() && destinations.current(at(3)).is_some());
+    }
+
+    #[test]
+    fn what_somebody_waits_for_is_not_forgotten() {
+        let (destinations, clock) = destinations(1);
+        let mut waiting = std::pin::pin!(destinations.resolve(at(1)));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        clock.advance(Duration::from_hours(1));
+        destinations.sweep();
+        assert!(!call(&destinations, at(2)));
+        destinations.update(at(1), external());
+        assert!(waiting.now_or_never().is_some_and(|answer| answer.is_ok()));
+    }
+
+    #[test]
+    fn a_new_controller_is_told_everything() {
+        let (destinations, _clock) = destinations(10);
+        assert!(call(&destinations, at(1)) && call(&destinations, at(2)));
+        told(&destinations);
+        destinations.set_connected(false);
+        assert!(destinations.current(at(1)).is_some(), "what was said stays");
+        destinations.set_connected(true);
+        assert_eq!(
+            told(&destinations),
+            [Change::Subscribe(at(1)), Change::Subscribe(at(2))]
+        );
+    }
+}

@@ -351,3 +351,188 @@ fn a_resource_file_may_be_as_large_as_the_grammar_reads() {
     let max = LimitsConfig::default().resource_file_bytes_max;
     assert_eq!(max as usize, sidegate_mesh::resource::FILE_BYTES_MAX);
 }
+
+const CLUSTER: &str = r#"
+workload: { trustDomain: cluster.local, namespace: shop, serviceAccount: web }
+ca: { address: "sidegate-ca.sidegate-system.svc.cluster.local:19010", root: /var/run/sidegate/bundle/root.pem, tokenFile: /var/run/sidegate/token/token }
+controller: { address: "sidegate-controller.sidegate-system.svc.cluster.local:19012" }
+destination: original
+ports: [{ name: http, port: 8080, protocol: auto }]
+plaintextPorts: [9090]
+opaquePorts: [3306]
+health: { address: "[::]:19021" }
+inbound: { address: "[::]:19006" }
+log: { stdout: true }
+drainTimeout: 25s
+probes:
+  secret: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
+  entries:
+    app/liveness: { http: { scheme: http, port: 8080, path: "/healthz?x=1", headers: [{ name: x, value: y }] }, timeout: 1s }
+    app/readiness: { tcp: { port: 5432 }, timeout: 1s }
+    app/startup: { grpc: { port: 9000, service: "" }, timeout: 1s }
+"#;
+
+/// The text of a cluster with one change, and what refuses it.
+#[track_caller]
+fn check_cluster(from: &str, to: &str, expected: &str) {
+    assert!(CLUSTER.contains(from), "the text has no {from:?}");
+    let text = CLUSTER.replacen(from, to, 1);
+    let error = Config::from_yaml("web", &text).expect_err("it was accepted");
+    let shown = error.to_string();
+    assert!(shown.contains(expected), "{expected}\n{shown}");
+}
+
+#[test]
+fn what_the_injector_writes_is_accepted() {
+    let config = Config::from_yaml("web", CLUSTER).unwrap();
+    let controller = "sidegate-controller.sidegate-system.svc.cluster.local:19012";
+    assert_eq!(config.source(), Source::Controller(controller.into()));
+    let token = "/var/run/sidegate/token/token".into();
+    assert_eq!(config.evidence(), Evidence::ServiceAccountToken(token));
+    assert_eq!(config.destination(), Destination::Original);
+    assert_eq!(config.workload.enforcement, None);
+    let probes = config.probes.as_ref().unwrap();
+    let http = probes.entries["app/liveness"].http.as_ref().unwrap();
+    assert_eq!(http.path_and_query().unwrap(), "/healthz?x=1");
+    let printed = config.to_yaml();
+    assert!(!printed.contains("0123456789abcdef"), "{printed}");
+}
+
+#[test]
+fn the_pod_comes_from_the_environment() {
+    let environment = |name: &str| {
+        let value = match name {
+            "SIDEGATE_CONFIG" => CLUSTER,
+            "POD_NAME" => "web-1",
+            "POD_UID" => "6f1c",
+            "POD_IPS" => "10.245.1.4,fd00::4",
+            "NODE_NAME" => "node-1",
+            _ => return None,
+        };
+        Some(value.to_owned())
+    };
+    let config = Config::from_environment(environment).unwrap();
+    let pod = config.pod.unwrap();
+    assert_eq!((pod.name.as_str(), pod.uid.as_str()), ("web-1", "6f1c"));
+    assert_eq!(pod.ips.len(), 2);
+    for variable in ["POD_NAME", "POD_UID", "POD_IPS"] {
+        let without = |name: &str| environment(name).filter(|_| name != variable);
+        let error = Config::from_environment(without).unwrap_err().to_string();
+        assert!(error.contains(variable), "{error}");
+    }
+    let odd = |name: &str| match name {
+        "POD_IPS" => Some("10.245.1.4,x".to_owned()),
+        _ => environment(name),
+    };
+    let error = Config::from_environment(odd).unwrap_err().to_string();
+    assert!(error.contains("`x` in POD_IPS"), "{error}");
+    let error = Config::from_environment(|_| None).unwrap_err().to_string();
+    assert!(error.starts_with("SIDEGATE_CONFIG:"), "{error}");
+}
+
+#[test]
+fn the_modes_do_not_mix() {
+    for (from, to, expected) in [
+        (
+            "log:",
+            "resources: x\nlog:",
+            "`controller`: there is a `resources`",
+        ),
+        (
+            "destination: original\n",
+            "",
+            "`destination`: only the controller knows",
+        ),
+        ("log:", "state: x\nlog:", "`ca.tokenFile`: in a cluster"),
+        (
+            "tokenFile:",
+            "joinToken: x, tokenFile:",
+            "`ca.tokenFile`: in a cluster",
+        ),
+        (
+            "port: 8080, protocol",
+            "port: 8080, address: '127.0.0.1:1', protocol",
+            "`ports.0.address`",
+        ),
+        (
+            "log:",
+            "upstreams: [{ service: a.b:1, address: '127.0.0.1:1' }]\nlog:",
+            "`upstreams`",
+        ),
+        (":19012", "", "`controller.address`"),
+        (
+            "[9090]",
+            "[19006]",
+            "`plaintextPorts.0`: 19006 is this sidecar's own",
+        ),
+        (
+            "[3306]",
+            "[3306, 3306]",
+            "`opaquePorts.1`: port 3306 is there already",
+        ),
+        ("[3306]", "[0]", "`opaquePorts.0`"),
+    ] {
+        check_cluster(from, to, expected);
+    }
+    check(
+        "resources: resources\n",
+        "",
+        "orders.yaml:1:1: `resources`: nothing says",
+    );
+    check(
+        "workers: 2",
+        "plaintextPorts: [1]",
+        "orders.yaml:19:17: `plaintextPorts`",
+    );
+    check(
+        "name: http, port: 80, address: 127.0.0.1:8080,",
+        "name: http, port: 80,",
+        "orders.yaml:13:5: `ports.0.address`: nothing says where",
+    );
+}
+
+#[test]
+fn a_probe_is_one_question_to_the_application() {
+    for (from, to, expected) in [
+        (
+            "app/startup",
+            "app/begin",
+            "`probes.entries.app/begin`: `app/begin` is not",
+        ),
+        ("app/startup", "startup", "`probes.entries.startup`"),
+        (
+            "{ tcp: { port: 5432 }",
+            "{ tcp: { port: 1 }, grpc: { port: 1 }",
+            "exactly one way",
+        ),
+        (
+            "{ tcp: { port: 5432 }, timeout: 1s }",
+            "{ timeout: 1s }",
+            "exactly one way",
+        ),
+        ("port: 5432", "port: 19021", "19021 is this sidecar's own"),
+        (
+            "port: 5432",
+            "port: 0",
+            "`probes.entries.app/readiness.tcp.port`",
+        ),
+        (
+            "name: x, value: y",
+            "name: 'a b', value: y",
+            "http.headers.0`",
+        ),
+        (
+            "secret: 0123456789abcdef",
+            "secret: 0123 #",
+            "`probes.secret`: whoever guesses",
+        ),
+        ("grpc: { port: 9000", "grpc: { prot: 9000", "unknown field"),
+        (
+            "timeout: 1s }\n    app/readiness",
+            "timeout: 0s }\n    app/readiness",
+            "liveness.timeout`",
+        ),
+    ] {
+        check_cluster(from, to, expected);
+    }
+}

@@ -100,10 +100,35 @@ drainGrace: 10ms
         Config::from_yaml("test.yaml", &text).unwrap()
     }
 
+    /// The configuration of `shop/orders` in a pod at 127.0.0.1 of a cluster whose controller is at
+    /// `controller`; `more` is further YAML.
+    pub fn cluster_config(&self, controller: SocketAddr, more: &str) -> Config {
+        let folder = self.folder.path().display();
+        let text = format!(
+            "workload: {{ namespace: shop, serviceAccount: orders }}
+ca: {{ root: {folder}/root.pem, tokenFile: {folder}/token }}
+controller: {{ address: '{controller}' }}
+destination: original
+pod: {{ name: orders-1, uid: uid-of-orders-1, ips: [127.0.0.1], node: node-1 }}
+outbound: {{ address: '127.0.0.1:0' }}
+inbound: {{ address: '127.0.0.1:0' }}
+admin: {{ address: '127.0.0.1:0' }}
+health: {{ address: '127.0.0.1:0' }}
+log: {{ path: {folder}/orders.jsonl }}
+drainGrace: 10ms
+{more}"
+        );
+        Config::from_yaml("test.yaml", &text).unwrap()
+    }
+
     /// An issuer of certificates for one workload.
     pub fn issuer(&self, config: &Config) -> Arc<TestIssuer> {
+        self.issuer_of(config.workload().unwrap().id)
+    }
+
+    pub fn issuer_of(&self, id: SpiffeId) -> Arc<TestIssuer> {
         Arc::new(TestIssuer {
-            id: config.workload().unwrap().id,
+            id,
             root: Arc::clone(&self.root),
             up: AtomicBool::new(true),
             life: Mutex::new(Duration::from_hours(1)),

@@ -216,6 +216,7 @@ impl ControllerSource {
             return;
         };
         let before = std::mem::replace(&mut self.known.held, staged.held);
+        self.known.held.renew(&before);
         let kept = self.known.held.keep_traffic(&before);
         self.known.unconfirmed = kept.into_iter().collect();
         self.known.facts = staged.facts;
@@ -249,6 +250,10 @@ impl ControllerSource {
                 enforcement: facts.enforcement,
                 ..Workload::clone(workload)
             });
+        }
+        // A last good version is that of the object itself, not of another of its name.
+        if let Some(texts) = self.known.held.texts_without_renewed() {
+            self.publisher.store.replace_files(&texts);
         }
         let problems = self.publisher.publish(&self.known.held.texts(), None);
         if let Some(snapshot) = self.shared.state.current() {

@@ -3,7 +3,7 @@
 //! Invariants: a resource is known by what the reference beside it says, its UID included, so that
 //! one that is made anew inherits nothing; their number and their bytes are bounded.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sidegate_api::control as proto;
 use sidegate_mesh::resource::{Kind, SYSTEM_NAMESPACE, parse_value};
@@ -37,6 +37,8 @@ struct Item {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Held {
     items: BTreeMap<Name, Item>,
+    /// Names under which another resource was before.
+    renewed: BTreeSet<Name>,
     bytes: usize,
 }
 
@@ -75,7 +77,11 @@ impl Held {
             });
         }
         self.bytes = bytes;
-        self.items.insert(name.clone(), item);
+        let uid = item.uid.clone();
+        let before = self.items.insert(name.clone(), item);
+        if before.is_some_and(|before| before.uid != uid) {
+            self.renewed.insert(name.clone());
+        }
         Ok(name)
     }
 
@@ -119,6 +125,28 @@ impl Held {
     pub(super) fn texts(&self) -> Texts {
         let text = |(name, item): (&Name, &Item)| (item.place(name), item.text.clone());
         self.items.iter().map(text).collect()
+    }
+
+    /// Those that bear the name of another one that was there when this was asked last; without
+    /// them, all of them. Nothing when there are none such.
+    pub(super) fn texts_without_renewed(&mut self) -> Option<Texts> {
+        let renewed = std::mem::take(&mut self.renewed);
+        let kept = self
+            .items
+            .iter()
+            .filter(|(name, _)| !renewed.contains(*name));
+        let text = |(name, item): (&Name, &Item)| (item.place(name), item.text.clone());
+        (!renewed.is_empty()).then(|| kept.map(text).collect())
+    }
+
+    /// Takes note of what bears the name of another one in `before`.
+    pub(super) fn renew(&mut self, before: &Self) {
+        let other = |(name, item): &(&Name, &Item)| {
+            let earlier = before.items.get(*name);
+            earlier.is_some_and(|earlier| earlier.uid != item.uid)
+        };
+        let renewed = self.items.iter().filter(other);
+        self.renewed = renewed.map(|(name, _)| name.clone()).collect();
     }
 
     /// What became of a resource.
@@ -166,8 +194,7 @@ impl Name {
 }
 
 impl Item {
-    /// Where messages say that it comes from. The UID makes it another file to the store, which
-    /// keeps a last good version by file.
+    /// Where messages say that it comes from.
     fn place(&self, name: &Name) -> String {
         let Name {
             kind,
