@@ -30,6 +30,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Configuration that is used when neither socket nor configuration is named.
 const DEFAULT_CONFIG: &str = "ca.yaml";
 
+/// Where the configuration is in the CA's own pod, so that `kubectl exec` need not name it.
+const POD_CONFIG: &str = "/etc/sidegate/ca.yaml";
+
 /// Sidegate's certificate authority.
 #[derive(Parser)]
 #[command(name = "sidegate-ca", version, about, long_about = None)]
@@ -193,7 +196,8 @@ pub(crate) struct Ask {
     /// The CA's administration socket.
     #[arg(long, env = "SIDEGATE_CA_SOCKET")]
     socket: Option<PathBuf>,
-    /// The CA's configuration, to find its socket; `ca.yaml` here when nothing is named.
+    /// The CA's configuration, to find its socket; `ca.yaml` here, or `/etc/sidegate/ca.yaml`, when
+    /// nothing is named.
     #[arg(long, conflicts_with = "socket")]
     config: Option<PathBuf>,
     /// How to print.
@@ -214,14 +218,15 @@ impl Ask {
         if let Some(socket) = &self.socket {
             return Ok(socket.clone());
         }
-        let config = self.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG));
-        if self.config.is_none() && !config.exists() {
+        let defaults = [DEFAULT_CONFIG, POD_CONFIG].map(Path::new);
+        let there = || defaults.into_iter().find(|path| path.exists());
+        let Some(config) = self.config.as_deref().or_else(there) else {
             return Err(crate::Usage(anyhow!(
                 "which CA? There is no {DEFAULT_CONFIG} here; name one with --config FILE, or its \
                  socket with --socket PATH or SIDEGATE_CA_SOCKET"
             ))
             .into());
-        }
+        };
         let config = Config::load(config).map_err(|error| crate::Usage(error.into()))?;
         Ok(config.admin_socket())
     }

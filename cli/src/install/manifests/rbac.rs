@@ -17,26 +17,20 @@ pub(super) fn ca() -> Vec<Value> {
     let cluster = vec![
         rule("authentication.k8s.io", &["tokenreviews"], &["create"]),
         rule("", &["pods", "serviceaccounts"], &["get"]),
-        rule("", &["namespaces"], &["get", "list", "watch"]),
-        // Making cannot be limited to a name; the policy on the bundle lets the CA do the rest.
+        rule("", &["namespaces"], &["list", "watch"]),
+        // Making cannot be limited to a name; the policy on the bundle lets the CA do the rest. It
+        // lists and watches by name too.
         rule("", &["configmaps"], &["create"]),
         named(
             "",
             "configmaps",
             &[BUNDLE],
-            &["get", "update", "patch", "delete"],
+            &["get", "list", "watch", "patch"],
         ),
     ];
     let own = vec![
         rule("", &["secrets"], &["create"]),
-        named("", "secrets", &[CA], &["get", "update", "patch"]),
-        rule("coordination.k8s.io", &["leases"], &["create"]),
-        named(
-            "coordination.k8s.io",
-            "leases",
-            &[CA],
-            &["get", "update", "patch"],
-        ),
+        named("", "secrets", &[CA], &["get", "update"]),
     ];
     account(CA, cluster, own)
 }
