@@ -16,12 +16,12 @@ use std::time::{Duration, SystemTime};
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, WantsServerCert};
 use rustls::sign::SingleCertAndKey;
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName,
-    ServerConfig, SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct,
+    DistinguishedName, ServerConfig, SignatureScheme, WantsVerifier,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sidegate_mesh::clock::Clock;
@@ -469,21 +469,57 @@ impl Tls {
         check: &Arc<PeerCheck>,
         profile: TlsProfile,
     ) -> Result<ServerConfig, rustls::Error> {
-        let server = self.server.as_ref();
-        let server = server.ok_or_else(|| rustls::Error::General("no certificate".into()))?;
-        let mut config = ServerConfig::builder_with_details(
+        let config = self
+            .server_builder()?
+            .with_client_cert_verifier(Arc::<PeerCheck>::clone(check));
+        self.finish_server(config, vec![profile.alpn().to_vec()])
+    }
+
+    /// A server that asks no certificate of its clients.
+    fn open_server_config(&self, protocols: &[&[u8]]) -> Result<ServerConfig, rustls::Error> {
+        let config = self.server_builder()?.with_no_client_auth();
+        let protocols = protocols.iter().map(|name| name.to_vec()).collect();
+        self.finish_server(config, protocols)
+    }
+
+    fn server_builder(&self) -> Result<ConfigBuilder<ServerConfig, WantsVerifier>, rustls::Error> {
+        ServerConfig::builder_with_details(
             Arc::clone(&self.provider),
             Arc::<ClockTime>::clone(&self.time),
         )
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(Arc::<PeerCheck>::clone(check))
-        .with_cert_resolver(Arc::<SingleCertAndKey>::clone(&server.certified));
+        .with_protocol_versions(&[&rustls::version::TLS13])
+    }
+
+    fn finish_server(
+        &self,
+        config: ConfigBuilder<ServerConfig, WantsServerCert>,
+        protocols: Vec<Vec<u8>>,
+    ) -> Result<ServerConfig, rustls::Error> {
+        let server = self.server.as_ref();
+        let server = server.ok_or_else(|| rustls::Error::General("no certificate".into()))?;
+        let mut config =
+            config.with_cert_resolver(Arc::<SingleCertAndKey>::clone(&server.certified));
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
-        config.alpn_protocols = vec![profile.alpn().to_vec()];
+        config.alpn_protocols = protocols;
         Ok(config)
     }
+}
+
+/// The server's configuration for one connection of clients outside the mesh, such as the API
+/// server, which know us by a DNS name in our certificate. They are asked for no certificate, and
+/// nothing about them is known afterwards.
+///
+/// # Errors
+///
+/// [`HandshakeError::Tls`] when rustls refuses the configuration.
+pub fn server_config_open(
+    credentials: &Credentials,
+    protocols: &[&[u8]],
+) -> Result<ServerConfig, HandshakeError> {
+    let config = credentials.tls().open_server_config(protocols);
+    config.map_err(HandshakeError::Tls)
 }
 
 /// The server's configuration for one connection of the control plane's gRPC port, and the check

@@ -17,7 +17,7 @@ pub use credentials::{CredentialStore, Credentials, PublishError};
 pub use csr::WorkloadKey;
 pub use handshake::{
     ALPN, ALPN_H2, Acceptor, Connector, HandshakeError, Hello, HelloReader, Peer, PeerCheck,
-    TlsProfile, server_config_optional_client,
+    TlsProfile, server_config_open, server_config_optional_client,
 };
 pub use identity::{
     IdentityConfig, IdentityError, IdentityStatus, RenewalPolicy, StatusSnapshot, WorkloadIdentity,
