@@ -3,7 +3,10 @@
 //! Always true: nothing is written to the cluster from here; what fails says what it was about,
 //! why, and what to do; every wait for an answer is bounded.
 
+#[cfg(test)]
+pub(crate) mod fake;
 pub(crate) mod forward;
+pub(crate) mod log;
 pub(crate) mod sidecars;
 
 use std::io;
@@ -17,6 +20,8 @@ use kube::core::GroupVersionKind;
 use kube::{Api, Client, Config};
 use serde::de::DeserializeOwned;
 use sidegate_mesh::resource::Kind;
+
+use crate::plugin::Called;
 
 /// Longest wait for a connection to the cluster.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -189,7 +194,8 @@ impl Cluster {
             ),
             kube::Error::Api(status) if is_unknown_type(&status) => anyhow!(
                 "{doing}: the cluster {name} does not know Sidegate's resources; install it first: \
-                 `sidegate install | kubectl apply -f -`"
+                 `{} install | kubectl apply -f -`",
+                Called::now().command()
             ),
             kube::Error::Api(status) => anyhow!("{doing}: {}", status.message),
             error @ kube::Error::Auth(_) => anyhow!(

@@ -3,6 +3,8 @@
 //! Invariants: no byte that a peer chose steers the terminal; a line that cannot be read is shown
 //! as such and never left out.
 
+mod cluster;
+mod denials;
 pub(crate) mod filter;
 mod glob;
 pub(crate) mod show;
@@ -13,9 +15,10 @@ use std::io::{self, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use time::OffsetDateTime;
 
+use crate::kube::ClusterArgs;
 use crate::output::Format;
 use filter::{Filter, Status};
 use show::{Entry, Printer};
@@ -25,30 +28,45 @@ use source::{Folder, Raw};
 const POLL: Duration = Duration::from_millis(200);
 
 const EXAMPLES: &str = "\
-A call is written down by both its sidecars; the called side is authoritative. With --dir and no
-WORKLOAD, each call is shown once: inbound records, and outbound ones of calls that failed before
-a called side could write them down. With WORKLOAD, or from one file, all records are shown.
-Times are UTC.
+Without --dir and --file, the sidecars of a cluster are asked, as kubectl would: those of the
+context's namespace, of -n NS, or with -A of all. WORKLOAD is a service account, a pod, or a
+Deployment, StatefulSet, DaemonSet, ReplicaSet, Job or CronJob; KIND/NAME, such as deploy/orders
+or sa/orders, takes one kind only, and NS/NAME says the namespace.
+
+A call is written down by both its sidecars; the called side is authoritative. Of a whole folder or
+namespace each call is shown once: inbound records, and outbound ones of calls that failed before a
+called side could write them down, that left the mesh, or whose called side is in another namespace.
+With WORKLOAD, or from one file, all records are shown. Times are UTC.
+
+Calls are shown in the order of their starts. With -f they are shown when they end, in order within
+half a second. With --denied the refusals that the sidecars remember are shown too, since a node
+throws old logs away.
 
 Examples:
-  sidegate logs --dir /tmp/mesh                        every call, newest last
-  sidegate logs --dir /tmp/mesh -f --denied            refusals as they happen
-  sidegate logs orders -n shop --dir /tmp/mesh --status 5xx --slower-than 50ms
+  sidegate logs -n shop -f --denied                    refusals in a namespace as they happen
+  sidegate logs deploy/orders -n shop --status 5xx --slower-than 50ms
+  sidegate logs -A --since 10m --from jobs/batch
+  sidegate logs --dir /tmp/mesh                        every call of a demo, newest last
   sidegate logs --dir /tmp/mesh --from shop/web --path '/orders/**' --since 10m
   kubectl logs deploy/orders -c sidegate-proxy | sidegate logs --file -";
 
 /// Calls: who called what, what was decided, how it ended.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
-#[command(group(clap::ArgGroup::new("log").required(true).args(["dir", "file"])))]
+#[command(group(clap::ArgGroup::new("log").args(["dir", "file"])
+    .conflicts_with_all(["kubeconfig", "context", "all_namespaces"])))]
 #[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub(crate) struct LogsArgs {
-    /// Only records of this workload's sidecar: its service account, or namespace/account.
+    /// Only records of this workload's sidecars, by any of its names; from a folder, its service
+    /// account, or namespace/account.
     workload: Option<String>,
     /// Namespace of WORKLOAD; without WORKLOAD, only records of this namespace's sidecars.
     #[arg(short, long, value_name = "NS")]
     namespace: Option<String>,
-    /// Go on with new calls, through rotations and into new files, until Ctrl-C.
+    /// The sidecars of all namespaces.
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    all_namespaces: bool,
+    /// Go on with new calls, through rotations and restarts, into new files and pods, until Ctrl-C.
     #[arg(short, long)]
     follow: bool,
     /// Only calls that started within this time, such as `10m`.
@@ -93,6 +111,8 @@ pub(crate) struct LogsArgs {
     /// How they are printed; JSON is one object a line.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+    #[command(flatten)]
+    cluster: ClusterArgs,
 }
 
 /// Whose records are shown.
@@ -119,6 +139,9 @@ pub(crate) fn run(arguments: &LogsArgs) -> anyhow::Result<u8> {
     let colours =
         stdout.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
     let mut printer = Printer::new(stdout.lock(), arguments.output, colours);
+    if arguments.dir.is_none() && arguments.file.is_none() {
+        return cluster::run(arguments, &mut printer);
+    }
     quiet(show_calls(
         arguments,
         &mut printer,
@@ -153,7 +176,7 @@ fn show_calls(
             show_stream(lines, arguments.follow, &filter, printer)
         }
         (None, Some(file)) => show_file(file, arguments.follow, &filter, printer),
-        (None, None) => bail!("say where the log is: --dir DIR, or --file F"),
+        (None, None) => Ok(()),
     }
 }
 

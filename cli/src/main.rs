@@ -6,10 +6,10 @@ mod authz;
 mod certs;
 mod demo;
 mod install;
-#[expect(dead_code, reason = "the commands on it follow")]
 mod kube;
 mod logs;
 mod output;
+mod plugin;
 mod top;
 mod validate;
 mod version;
@@ -17,7 +17,8 @@ mod version;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use plugin::Called;
 
 /// A zero-trust sidecar mesh: identity, policy and a log of every call.
 #[derive(Parser)]
@@ -53,7 +54,13 @@ struct CompletionsArgs {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let called = Called::now();
+    let command = called.named(Cli::command());
+    if called == Called::Completer {
+        let completed = plugin::complete(command);
+        return ExitCode::from(u8::from(completed.is_err()));
+    }
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     install_diagnostics(cli.verbose);
     match run(cli.command) {
         Ok(code) => ExitCode::from(code),
@@ -78,12 +85,8 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Version(arguments) => version::run(&arguments),
         Command::Completions(arguments) => {
             let mut script = Vec::new();
-            clap_complete::generate(
-                arguments.shell,
-                &mut Cli::command(),
-                "sidegate",
-                &mut script,
-            );
+            let name = Called::now().executable();
+            clap_complete::generate(arguments.shell, &mut Cli::command(), name, &mut script);
             io::stdout().write_all(&script)?;
             Ok(0)
         }

@@ -2,6 +2,8 @@
 //!
 //! Invariant: what is kept is bounded, in time by the window and in number by [`SAMPLES_MAX`].
 
+mod cluster;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
@@ -18,6 +20,7 @@ use serde::Serialize;
 use sidegate_mesh::access_log::{Line, escape};
 use time::OffsetDateTime;
 
+use crate::kube::ClusterArgs;
 use crate::logs::filter::Filter;
 use crate::logs::show::{called, caller};
 use crate::logs::source::Folder;
@@ -38,7 +41,12 @@ Calls are counted where they were served; those that failed before, where they w
 On a terminal the screen is live, and q ends it. Elsewhere, and with --once, one table is
 printed after one interval.
 
+Without --dir, the sidecars of a cluster are followed: those of the context's namespace, of -n NS,
+or with -A of all; WORKLOAD is meant as by `sidegate logs`.
+
 Examples:
+  sidegate top -n shop
+  sidegate top -A --once --interval 5s
   sidegate top --dir /tmp/mesh
   sidegate top --dir /tmp/mesh --once --interval 5s -o json";
 
@@ -46,9 +54,18 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct TopArgs {
-    /// Folder of `sidegate demo --dir DIR`.
-    #[arg(long, value_name = "DIR")]
-    dir: PathBuf,
+    /// Only calls that this workload's sidecars know.
+    #[arg(conflicts_with = "dir")]
+    workload: Option<String>,
+    /// Namespace whose sidecars are followed; default: the context's.
+    #[arg(short, long, value_name = "NS", conflicts_with = "dir")]
+    namespace: Option<String>,
+    /// The sidecars of all namespaces.
+    #[arg(short = 'A', long, conflicts_with_all = ["namespace", "dir"])]
+    all_namespaces: bool,
+    /// Folder of `sidegate demo --dir DIR`, instead of a cluster.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "context"])]
+    dir: Option<PathBuf>,
     /// Print one table after one interval, and end.
     #[arg(long)]
     once: bool,
@@ -61,16 +78,24 @@ pub(crate) struct TopArgs {
     /// How the one table is printed.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+    #[command(flatten)]
+    cluster: ClusterArgs,
 }
 
-/// Shows what the logs of a folder say about the last seconds.
+/// Shows what the logs of a folder or a cluster say about the last seconds.
 ///
 /// # Errors
 ///
-/// When there is no log, or the terminal cannot be used.
+/// When there is no log, the cluster cannot be asked, or the terminal cannot be used.
 pub(crate) fn run(arguments: &TopArgs) -> anyhow::Result<u8> {
-    let folder = Folder::open(&arguments.dir.join("logs"))?.near_end(BACKFILL_BYTES);
-    let mut view = View::new(folder, arguments.window);
+    let source = match &arguments.dir {
+        Some(dir) => {
+            let folder = Folder::open(&dir.join("logs"))?.near_end(BACKFILL_BYTES);
+            Source::Folder(folder, Box::new(Filter::each_call_once()))
+        }
+        None => Source::Cluster(cluster::Followed::start(arguments)?),
+    };
+    let mut view = View::new(source, arguments.window);
     if arguments.once || !io::stdout().is_terminal() {
         view.look(OffsetDateTime::now_utc())?;
         std::thread::sleep(arguments.interval);
@@ -96,7 +121,7 @@ fn print_once(out: &mut impl Write, pairs: &[Pair], format: Format) -> anyhow::R
 fn live(terminal: &mut DefaultTerminal, view: &mut View, interval: Duration) -> anyhow::Result<()> {
     loop {
         let pairs = view.look(OffsetDateTime::now_utc())?;
-        terminal.draw(|frame| draw(frame, &pairs, view.window))?;
+        terminal.draw(|frame| draw(frame, &pairs, view.window, view.note().as_deref()))?;
         if quits_within(interval)? {
             return Ok(());
         }
@@ -125,7 +150,7 @@ fn quits_within(interval: Duration) -> io::Result<bool> {
     Ok(false)
 }
 
-fn draw(frame: &mut Frame<'_>, pairs: &[Pair], window: Duration) {
+fn draw(frame: &mut Frame<'_>, pairs: &[Pair], window: Duration, note: Option<&str>) {
     let [top, body, bottom] = Layout::vertical([
         Constraint::Length(2),
         Constraint::Fill(1),
@@ -157,10 +182,10 @@ fn draw(frame: &mut Frame<'_>, pairs: &[Pair], window: Duration) {
         .header(Row::new(HEADER).bold())
         .column_spacing(2);
     frame.render_widget(table, body);
-    let hint = if pairs.is_empty() {
-        " no calls yet; q ends"
-    } else {
-        " q ends"
+    let hint = match note {
+        Some(note) => format!(" {}; q ends", escape(note)),
+        None if pairs.is_empty() => " no calls yet; q ends".to_owned(),
+        None => " q ends".to_owned(),
     };
     frame.render_widget(Text::from(hint).dim(), bottom);
 }
@@ -207,20 +232,23 @@ struct Sample {
     ms: f64,
 }
 
+/// Where calls come from.
+enum Source {
+    Folder(Folder, Box<Filter>),
+    Cluster(cluster::Followed),
+}
+
 /// What the logs say about the last seconds.
 struct View {
-    folder: Folder,
-    filter: Filter,
+    source: Source,
     window: Duration,
     samples: VecDeque<Sample>,
 }
 
 impl View {
-    fn new(folder: Folder, window: Duration) -> Self {
-        let filter = Filter::each_call_once();
+    fn new(source: Source, window: Duration) -> Self {
         Self {
-            folder,
-            filter,
+            source,
             window,
             samples: VecDeque::new(),
         }
@@ -228,18 +256,30 @@ impl View {
 
     /// Reads on, forgets what is older than the window, and adds up the rest, busiest first.
     fn look(&mut self, now: OffsetDateTime) -> anyhow::Result<Vec<Pair>> {
-        let (filter, samples) = (&self.filter, &mut self.samples);
-        self.folder.read(false, |raw| {
-            let line = Line::parse(&raw.text).ok();
-            let line = line.filter(|line| line.is_access() && filter.admits(line));
-            samples.extend(line.as_ref().and_then(sample));
+        let samples = &mut self.samples;
+        let mut add = |sample: Sample| {
+            samples.push_back(sample);
             if samples.len() > SAMPLES_MAX {
                 samples.pop_front();
             }
-        })?;
+        };
+        match &mut self.source {
+            Source::Folder(folder, filter) => folder.read(false, |raw| {
+                sample_of(&raw.text, filter).into_iter().for_each(&mut add);
+            })?,
+            Source::Cluster(followed) => followed.take()?.into_iter().for_each(&mut add),
+        }
         let window = self.window;
         samples.retain(|sample| now - sample.ended <= window);
         Ok(self.pairs())
+    }
+
+    /// What whoever looks should know.
+    fn note(&self) -> Option<String> {
+        match &self.source {
+            Source::Folder(..) => None,
+            Source::Cluster(followed) => followed.note(),
+        }
     }
 
     fn pairs(&self) -> Vec<Pair> {
@@ -257,6 +297,12 @@ impl View {
         pairs.sort_by_key(|pair| std::cmp::Reverse(pair.calls));
         pairs
     }
+}
+
+fn sample_of(text: &str, filter: &Filter) -> Option<Sample> {
+    let line = Line::parse(text).ok()?;
+    let counts = line.is_access() && filter.admits(&line);
+    counts.then(|| sample(&line))?
 }
 
 /// A record counts when its call ended.
@@ -341,7 +387,9 @@ mod tests {
     fn view(log: &str) -> (tempfile::TempDir, View) {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a.log"), log).unwrap();
-        let view = View::new(Folder::open(dir.path()).unwrap(), Duration::from_secs(10));
+        let folder = Folder::open(dir.path()).unwrap();
+        let source = Source::Folder(folder, Box::new(Filter::each_call_once()));
+        let view = View::new(source, Duration::from_secs(10));
         (dir, view)
     }
 
@@ -393,7 +441,7 @@ shop/batch  shop/orders  2.0   0.0%     20      1.0     1.0     1.0     20
         let pairs = view.look(at("12")).unwrap();
         let mut terminal = Terminal::new(TestBackend::new(100, 8)).unwrap();
         terminal
-            .draw(|frame| draw(frame, &pairs, Duration::from_secs(10)))
+            .draw(|frame| draw(frame, &pairs, Duration::from_secs(10), None))
             .unwrap();
         let screen = terminal.backend().to_string();
         assert!(

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::{Cluster, Scope};
+use crate::plugin::Called;
 
 /// The sidecar's container.
 pub(crate) const CONTAINER: &str = "sidegate-proxy";
@@ -19,6 +20,10 @@ pub(crate) const INJECTED: &str = "sidegate.dev/injected";
 
 /// A pod's sidecar.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact that the cluster says"
+)]
 pub(crate) struct Sidecar {
     pub(crate) namespace: String,
     pub(crate) pod: String,
@@ -112,8 +117,8 @@ pub(crate) enum Owner {
     ReplicationController,
 }
 
-/// What made a pod, read from the pod alone: a ReplicaSet's name ends with the hash that its
-/// Deployment gave it, a Job's with the minute for which its CronJob made it.
+/// What made a pod, read from the pod alone: a `ReplicaSet`'s name ends with the hash that its
+/// Deployment gave it, a Job's with the minute for which its `CronJob` made it.
 fn owners(pod: &Pod) -> Vec<(Owner, String)> {
     let references = pod.metadata.owner_references.as_ref();
     let mut references = references.into_iter().flatten();
@@ -195,6 +200,11 @@ impl WantedKind {
     }
 }
 
+/// Whether a word is that of a kind in `KIND/NAME`.
+pub(crate) fn is_kind(word: &str) -> bool {
+    WantedKind::parse(word).is_some()
+}
+
 impl Wanted {
     /// Reads WORKLOAD: `NAME`, `KIND/NAME` as kubectl has it, or `NAMESPACE/NAME`; gives the
     /// namespace that it names, too.
@@ -213,6 +223,11 @@ impl Wanted {
                 None => (named(None, name), Some(before.to_owned())),
             },
         }
+    }
+
+    /// Whether every sidecar is meant.
+    pub(crate) fn is_all(&self) -> bool {
+        self.name.is_none()
     }
 
     /// Whether this sidecar is meant.
@@ -304,8 +319,9 @@ impl Cluster {
         if sidecars.is_empty() {
             bail!(
                 "no sidecar of {}: is the namespace labelled `sidegate.dev/inject: enabled`, and \
-                 were its pods restarted since? `sidegate check` says more",
-                selection.words()
+                 were its pods restarted since? `{} check` says more",
+                selection.words(),
+                Called::now().command()
             );
         }
         Ok(sidecars)

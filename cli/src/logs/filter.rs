@@ -20,6 +20,8 @@ pub(crate) struct Filter {
     direction: Side,
     /// Several sidecars' records are at hand: show each call once.
     once: bool,
+    /// The one namespace whose records are at hand; all when absent.
+    at_hand: Option<String>,
     since: Option<OffsetDateTime>,
     workload: Option<String>,
     namespace: Option<String>,
@@ -90,6 +92,17 @@ impl Filter {
         }
     }
 
+    /// Every call that the sidecars of one namespace know, once.
+    pub(crate) fn each_call_of(namespace: Option<&str>) -> Self {
+        Self {
+            at_hand: namespace.map(ToOwned::to_owned),
+            ..Self::each_call_once()
+        }
+    }
+
+    /// What the arguments ask for, of records of which those of a workload or namespace are still
+    /// to be chosen.
+    ///
     /// # Errors
     ///
     /// When WORKLOAD names a namespace and `--namespace` another.
@@ -110,13 +123,34 @@ impl Filter {
             (namespace, workload) = (Some(of.to_owned()), Some(account.to_owned()));
         }
         Ok(Self {
-            direction: arguments.direction,
             once: arguments.dir.is_some() && arguments.workload.is_none(),
+            at_hand: namespace.clone(),
+            workload,
+            namespace,
+            ..Self::of_calls(arguments, now)
+        })
+    }
+
+    /// What the arguments ask for, of the records of pods that were chosen already, those of one
+    /// namespace or of all.
+    pub(super) fn of_pods(
+        arguments: &LogsArgs,
+        namespace: Option<&str>,
+        now: OffsetDateTime,
+    ) -> Self {
+        Self {
+            once: arguments.workload.is_none(),
+            at_hand: namespace.map(ToOwned::to_owned),
+            ..Self::of_calls(arguments, now)
+        }
+    }
+
+    fn of_calls(arguments: &LogsArgs, now: OffsetDateTime) -> Self {
+        Self {
+            direction: arguments.direction,
             since: arguments
                 .since
                 .and_then(|since| now.checked_sub(since.try_into().ok()?)),
-            workload,
-            namespace,
             denied: arguments.denied,
             errors: arguments.errors,
             from: arguments.from.clone(),
@@ -126,7 +160,8 @@ impl Filter {
             statuses: arguments.status.clone(),
             slower_than: arguments.slower_than,
             diagnostics: arguments.diagnostics,
-        })
+            ..Self::default()
+        }
     }
 
     /// The entry of a line, if it is to be shown. One that cannot be read always is.
@@ -172,9 +207,21 @@ impl Filter {
             (Side::Out, _) => !inbound,
             // What the peer refused, the peer has written down.
             (Side::Auto, true) => {
-                inbound || line.error.as_deref().is_some_and(|error| error != "denied")
+                inbound
+                    || line.error.as_deref().is_some_and(|error| error != "denied")
+                    || !self.is_called_side_at_hand(line)
             }
         }
+    }
+
+    /// Whether the called side's own record is among those that are looked at: not when the call
+    /// left the mesh, nor when it went to a namespace that is not looked at.
+    fn is_called_side_at_hand(&self, line: &Line) -> bool {
+        let Some(id) = line.destination.as_deref() else {
+            return false;
+        };
+        let namespace = workload_of(id).map(|(namespace, _)| namespace);
+        self.at_hand.is_none() || self.at_hand.as_deref() == namespace
     }
 
     fn is_recent(&self, line: &Line) -> bool {

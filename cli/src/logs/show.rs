@@ -74,6 +74,23 @@ impl Entry {
             time: String::new(),
         }
     }
+
+    /// Where it belongs, RFC 3339; empty when nobody knows.
+    pub(super) fn time(&self) -> &str {
+        &self.time
+    }
+
+    /// The same, at `time` if it has none itself.
+    pub(super) fn or_at(mut self, time: &str) -> Self {
+        if self.time.is_empty() {
+            time.clone_into(&mut self.time);
+        }
+        self
+    }
+
+    pub(super) fn into_raw(self) -> Raw {
+        self.raw
+    }
 }
 
 /// Prints entries in one form.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::Context;
 
 /// Longest line that is read whole; a longer one is cut, and so shown as broken.
-const LINE_BYTES_MAX: u64 = 1024 * 1024;
+pub(crate) const LINE_BYTES_MAX: u64 = 1024 * 1024;
 
 /// A line and where it stands.
 #[derive(Clone, Debug)]

@@ -199,8 +199,10 @@ fn every_filter_filters() {
 #[test]
 fn wrong_usage_is_refused() {
     for line in [
-        "",
         "--dir a --file b",
+        "--dir a --context b",
+        "--file a -A",
+        "-A -n shop",
         "--dir a --status 9xx",
         "--dir a --status grpc:99x",
         "--dir a --since soon",
