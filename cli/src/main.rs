@@ -10,6 +10,7 @@ mod kube;
 mod logs;
 mod output;
 mod plugin;
+mod status;
 mod top;
 mod validate;
 mod version;
@@ -36,6 +37,7 @@ enum Command {
     Demo(demo::DemoArgs),
     Logs(logs::LogsArgs),
     Top(top::TopArgs),
+    Status(status::StatusArgs),
     Authz(authz::AuthzArgs),
     Validate(validate::ValidateArgs),
     Certs(certs::CertsArgs),
@@ -78,6 +80,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Logs(arguments) => logs::run(&arguments),
         Command::Top(arguments) => top::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
         Command::Authz(arguments) => authz::run(&arguments),
         Command::Validate(arguments) => validate::run(&arguments),
         Command::Certs(arguments) => certs::run(&arguments),
