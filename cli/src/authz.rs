@@ -3,6 +3,8 @@
 //! Invariant: the decision is the sidecar's own: the same reading of files, the same compiler. A
 //! resource that is refused counts as it does in a sidecar without an earlier version of it.
 
+mod cluster;
+
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -14,10 +16,11 @@ use sidegate_mesh::policy::Effect;
 use sidegate_mesh::resource::Metadata;
 use sidegate_mesh::store::ResourceStore;
 use sidegate_mesh::{
-    Ask, Authority, Caller, CanonicalPath, Enforcement, Explanation, HttpAsk, Policy, Problem,
-    ResourceSet, Route, Routes, SpiffeId, TrustDomain, Verdict, Workload, WorkloadPort,
+    Ask, Authority, Caller, CanonicalPath, Enforcement, Explanation, HttpAsk, Policy, ResourceSet,
+    Route, Routes, SpiffeId, TrustDomain, Verdict, Workload, WorkloadPort,
 };
 
+use crate::kube::{Cluster, ClusterArgs};
 use crate::output::{Format, print_table};
 
 /// Folders within folders that are read, as by a sidecar.
@@ -40,31 +43,46 @@ enum AuthzCommand {
 ///
 /// Exit codes: 0 the call is allowed, 1 it is denied, 2 wrong usage or configuration.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:
+#[command(after_help = "\
+Without --dir and --resources a cluster is asked: for the pod that --to means, its labels and ports,
+and for the policies of its namespace and of the mesh. --to is a service (orders, orders.shop,
+orders.shop:80, svc/orders), a workload by any of its names (orders, shop/orders, deploy/orders,
+pod/orders-0, sa/orders), or a SPIFFE ID.
+
+Examples:
+  sidegate authz test --from shop/web --to orders.shop --method GET --path /orders/7
+  sidegate authz test -n shop --from jobs/batch --to deploy/ledger --tcp redis
   sidegate authz test --dir demo --from shop/web --to shop/orders --method GET --path /orders/7
   sidegate authz test --dir demo --from shop/web --to shop/inventory --grpc shop.v1.Inventory/Get
   sidegate authz test --resources policies --from jobs/batch --to shop/ledger --labels app=ledger --tcp 6379")]
 #[command(group = clap::ArgGroup::new("call").required(true).args(["method", "grpc", "tcp"]))]
+#[command(group(clap::ArgGroup::new("standalone").args(["dir", "resources"])
+    .conflicts_with_all(["kubeconfig", "context", "namespace"])))]
 struct TestArgs {
     /// A demo's folder (`sidegate demo --dir DIR`): its resources, labels and trust domain.
-    #[arg(long, value_name = "DIR", required_unless_present = "resources")]
+    #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// A folder of resource files, or one file.
-    #[arg(long, value_name = "FOLDER", conflicts_with = "dir")]
+    #[arg(long, value_name = "FOLDER")]
     resources: Option<PathBuf>,
+    /// Namespace of --to in a cluster, where that names none; default: the context's.
+    #[arg(short, long, value_name = "NS")]
+    namespace: Option<String>,
     /// The caller: a SPIFFE ID, `namespace/service-account`, or `unauthenticated`.
     #[arg(long, value_name = "ID")]
     from: String,
-    /// The called workload: `namespace/service-account`.
-    #[arg(long, value_name = "NS/WORKLOAD")]
+    /// The called workload: `namespace/service-account`; in a cluster also a service or workload.
+    #[arg(long, value_name = "WORKLOAD")]
     to: String,
-    /// The called workload's labels, which selectors compare.
+    /// The called workload's labels, which selectors compare; default: those of the live pod, or
+    /// of the demo's sidecar.
     #[arg(long, value_name = "K=V", value_delimiter = ',')]
     labels: Vec<String>,
-    /// The called workload's own ports; default: those of the services that run there.
+    /// The called workload's own ports; default: those of the live pod's containers, or of the
+    /// services that run there.
     #[arg(long, value_name = "NAME=PORT", value_delimiter = ',')]
     ports: Vec<String>,
-    /// The mesh's trust domain; default: the demo's, or `mesh.local`.
+    /// The mesh's trust domain; default: the cluster's or the demo's, or `mesh.local`.
     #[arg(long, value_name = "DOMAIN")]
     trust_domain: Option<String>,
     /// An HTTP request's method.
@@ -91,6 +109,8 @@ struct TestArgs {
     /// How the decision is printed.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+    #[command(flatten)]
+    cluster: ClusterArgs,
 }
 
 /// Runs `sidegate authz`: 0 allowed, 1 denied, 2 wrong usage or configuration.
@@ -126,14 +146,33 @@ struct Report {
 }
 
 fn decide(arguments: &TestArgs, notes: &mut impl Write) -> anyhow::Result<Report> {
-    let world = World::read(arguments)?;
+    let world = if arguments.dir.is_some() || arguments.resources.is_some() {
+        World::read(arguments)?
+    } else {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(async {
+            let cluster = Cluster::connect(&arguments.cluster).await?;
+            cluster::read(arguments, &cluster).await
+        })?
+    };
+    decide_in(&world, arguments, notes)
+}
+
+fn decide_in(
+    world: &World,
+    arguments: &TestArgs,
+    notes: &mut impl Write,
+) -> anyhow::Result<Report> {
     for problem in &world.problems {
         writeln!(notes, "{problem}")?;
     }
     let caller = world.caller(&arguments.from)?;
     let workload = world.workload(arguments)?;
     let call = Call::parse(arguments)?;
-    let port = call.port(arguments, &workload)?;
+    let behind_service = world.called.as_ref().and_then(|called| called.port);
+    let port = call.port(arguments, &workload, behind_service)?;
     let (policy, warnings) = Policy::compile(&world.set, &workload);
     for warning in &warnings {
         writeln!(notes, "{warning}")?;
@@ -156,8 +195,18 @@ fn decide(arguments: &TestArgs, notes: &mut impl Write) -> anyhow::Result<Report
 struct World {
     trust_domain: TrustDomain,
     set: ResourceSet,
-    problems: Vec<Problem>,
+    /// What is wrong with resources, and what else should be known.
+    problems: Vec<String>,
     sidecars: Vec<DemoSidecar>,
+    /// The live workload of a cluster.
+    called: Option<Called>,
+}
+
+/// What a cluster says of the called workload.
+struct Called {
+    workload: Workload,
+    /// The workload's port behind the service that was named.
+    port: Option<u16>,
 }
 
 /// The part of `demo.json` that is needed here.
@@ -197,8 +246,9 @@ impl World {
         Ok(Self {
             trust_domain,
             set: store.resources().clone(),
-            problems,
+            problems: problems.iter().map(ToString::to_string).collect(),
             sidecars: demo.map(|demo| demo.sidecars).unwrap_or_default(),
+            called: None,
         })
     }
 
@@ -221,6 +271,16 @@ impl World {
     }
 
     fn workload(&self, arguments: &TestArgs) -> anyhow::Result<Workload> {
+        if let Some(called) = &self.called {
+            let mut workload = called.workload.clone();
+            if !arguments.labels.is_empty() {
+                workload.labels = labels(&arguments.labels)?;
+            }
+            if !arguments.ports.is_empty() {
+                workload.ports = ports(&arguments.ports)?;
+            }
+            return Ok(workload);
+        }
         let id = self.id(&arguments.to)?;
         let Some((namespace, account)) = id.workload() else {
             bail!("`{id}` is no workload: write `namespace/service-account`");
@@ -235,9 +295,7 @@ impl World {
                 .map(|sidecar| sidecar.labels.clone())
                 .unwrap_or_default()
         } else {
-            pairs(&arguments.labels, "--labels app=orders")?
-                .into_iter()
-                .collect()
+            labels(&arguments.labels)?
         };
         let mut workload = Workload {
             namespace: namespace.to_owned(),
@@ -343,14 +401,15 @@ fn read_file(path: &Path) -> anyhow::Result<(String, String)> {
     Ok((path.display().to_string(), text))
 }
 
-fn pairs(texts: &[String], example: &str) -> anyhow::Result<Vec<(String, String)>> {
+fn labels(texts: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
     let pair = |text: &String| {
         let (key, value) = text.split_once('=')?;
         (!key.is_empty()).then(|| (key.to_owned(), value.to_owned()))
     };
+    let help = |text: &String| format!("`{text}`: write it as in `--labels app=orders`");
     texts
         .iter()
-        .map(|text| pair(text).with_context(|| format!("`{text}`: write it as in `{example}`")))
+        .map(|text| pair(text).with_context(|| help(text)))
         .collect()
 }
 
@@ -425,7 +484,12 @@ impl Call {
         }
     }
 
-    fn port(&self, arguments: &TestArgs, workload: &Workload) -> anyhow::Result<u16> {
+    fn port(
+        &self,
+        arguments: &TestArgs,
+        workload: &Workload,
+        behind_service: Option<u16>,
+    ) -> anyhow::Result<u16> {
         let named = |wanted: &str| {
             let mut ports = workload.ports.iter();
             ports
@@ -440,6 +504,9 @@ impl Call {
                     workload.id
                 )
             });
+        }
+        if let Some(port) = behind_service {
+            return Ok(port);
         }
         let usual = match self {
             Self::Request { grpc: true, .. } => named("grpc").or_else(|| named("http")),
@@ -532,8 +599,10 @@ fn rows(policy: &PolicyExplanation) -> impl Iterator<Item = Vec<String>> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::kube::fake::{Fake, pod};
 
     #[derive(Parser)]
     struct Cli {
@@ -662,13 +731,13 @@ shop/orders  Allow   readers  matched
     #[test]
     fn the_decision_is_data_too() {
         let (code, out, _) = run(&format!("{DEMO} --method POST --path /x -o json"));
-        let data: serde_json::Value = serde_json::from_str(&out).unwrap();
+        let data: Value = serde_json::from_str(&out).unwrap();
         assert_eq!(code, 1);
         assert_eq!(data["verdict"], "deny");
         assert_eq!(data["policies"][0]["rules"][0]["matched"], false);
         assert_eq!(data["port"], 8080);
         let (_, yaml, _) = run(&format!("{DEMO} --method POST --path /x -o yaml"));
-        let same: serde_json::Value = serde_saphyr::from_str(&yaml).unwrap();
+        let same: Value = serde_saphyr::from_str(&yaml).unwrap();
         assert_eq!(same, data);
     }
 
@@ -692,5 +761,179 @@ shop/orders  Allow   readers  matched
             "authz", "test", "--dir", "x", "--from", "a/b", "--to", "a/b",
         ];
         assert!(Cli::try_parse_from(words).is_err(), "no call");
+    }
+
+    async fn cluster() -> Fake {
+        let fake = Fake::start().await;
+        let namespace = |name: &str, audit: bool| {
+            json!({ "metadata": {
+                "name": name,
+                "labels": { "team": name },
+                "annotations": if audit { json!({ "sidegate.dev/enforcement": "audit" }) } else { json!({}) },
+            } })
+        };
+        fake.put("namespaces", namespace("shop", false));
+        fake.put("namespaces", namespace("jobs", true));
+        for (of, name) in [("shop", "orders-0"), ("jobs", "orders-1")] {
+            let mut pod = pod(of, name, "orders");
+            let config = r#"{"workload":{"trustDomain":"demo.local"},"ports":[]}"#;
+            pod["spec"]["initContainers"][0]["env"] =
+                json!([{ "name": "SIDEGATE_CONFIG", "value": config }]);
+            pod["spec"]["containers"][0]["ports"] = json!([
+                { "name": "http", "containerPort": 8080 }, { "name": "redis", "containerPort": 6379 },
+                { "name": "dns", "containerPort": 53, "protocol": "UDP" },
+            ]);
+            fake.put("pods", pod);
+        }
+        let service = json!({
+            "metadata": { "namespace": "shop", "name": "orders" },
+            "spec": {
+                "selector": { "app": "orders" },
+                "ports": [{ "name": "web", "port": 80, "targetPort": "http" }, { "name": "redis", "port": 6379 }],
+            },
+        });
+        fake.put("services", service);
+        let policy = RESOURCES.split("---").next().unwrap();
+        let mut policy: Value = serde_saphyr::from_str(policy).unwrap();
+        policy["metadata"]["uid"] = "u".into();
+        policy["metadata"]["managedFields"] = json!([{}]);
+        policy["status"] = json!({ "live": "1 of 1" });
+        fake.put("authorizationpolicies", policy);
+        fake
+    }
+
+    async fn ask(fake: &Fake, words: &str) -> (u8, String, String) {
+        let words = ["authz", "test"].into_iter().chain(words.split(' '));
+        let AuthzCommand::Test(arguments) = Cli::try_parse_from(words).unwrap().authz.command;
+        let (mut out, mut notes) = (Vec::new(), Vec::new());
+        let decided = match cluster::read(&arguments, &fake.cluster()).await {
+            Ok(world) => decide_in(&world, &arguments, &mut notes),
+            Err(error) => Err(error),
+        };
+        let code = match decided {
+            Ok(report) => {
+                report.print(arguments.output, &mut out).unwrap();
+                u8::from(report.decision.verdict != Verdict::Allow)
+            }
+            Err(error) => {
+                writeln!(notes, "{error:#}").unwrap();
+                2
+            }
+        };
+        (
+            code,
+            String::from_utf8(out).unwrap(),
+            String::from_utf8(notes).unwrap(),
+        )
+    }
+
+    const GET: &str = "--from shop/web --method GET --path /orders/7";
+
+    #[tokio::test]
+    async fn a_cluster_knows_the_called_pod_and_its_policies() {
+        let fake = cluster().await;
+        for to in [
+            "orders:80",
+            "orders.shop:web",
+            "shop/orders",
+            "svc/orders",
+            "pod/orders-0",
+            "spiffe://demo.local/ns/shop/sa/orders",
+        ] {
+            let (code, out, notes) = ask(&fake, &format!("{GET} --to {to}")).await;
+            assert_eq!(code, 0, "{to}: {out}{notes}");
+            assert!(
+                out.contains("from  spiffe://demo.local/ns/shop/sa/web"),
+                "{out}"
+            );
+            assert!(
+                out.contains("to    spiffe://demo.local/ns/shop/sa/orders port 8080"),
+                "{out}"
+            );
+            assert_eq!(notes, "pod shop/orders-0\n");
+        }
+        let (code, out, _) = ask(&fake, "--from shop/web --to orders --tcp redis").await;
+        assert_eq!(code, 1);
+        assert!(out.contains("port 6379 is not in [8080]"), "{out}");
+        let (code, out, _) = ask(&fake, &format!("{GET} --to orders --labels app=other")).await;
+        assert_eq!(code, 1);
+        assert!(out.contains("no policy selects the workload"), "{out}");
+    }
+
+    #[tokio::test]
+    async fn a_namespace_in_audit_would_deny() {
+        let fake = cluster().await;
+        let (code, out, _) = ask(&fake, &format!("{GET} -n jobs --to orders")).await;
+        assert_eq!(code, 1);
+        assert!(
+            out.starts_with("would DENY  no policy selects the workload"),
+            "{out}"
+        );
+    }
+
+    #[tokio::test]
+    async fn mesh_wide_and_broken_policies_count_as_in_a_sidecar() {
+        let fake = cluster().await;
+        let deny = |name: &str, spec: Value| {
+            json!({
+                "apiVersion": "sidegate.dev/v1alpha1", "kind": "AuthorizationPolicy",
+                "metadata": { "namespace": "sidegate-system", "name": name }, "spec": spec,
+            })
+        };
+        let spec = |team: &str| {
+            json!({
+                "selector": {}, "namespaceSelector": { "matchLabels": { "team": team } }, "action": "Deny",
+                "rules": [{ "name": "all", "from": [{ "anyone": {} }], "to": [{ "http": { "methods": ["*"], "paths": ["/**"] } }] }],
+            })
+        };
+        fake.put("authorizationpolicies", deny("spares-us", spec("jobs")));
+        let asked = format!("{GET} --to orders");
+        assert_eq!(ask(&fake, &asked).await.0, 0);
+        fake.put("authorizationpolicies", deny("meant", spec("shop")));
+        let (code, out, _) = ask(&fake, &asked).await;
+        assert_eq!(code, 1);
+        assert!(out.contains("sidegate-system/meant"), "{out}");
+        fake.remove("authorizationpolicies", "sidegate-system", "meant");
+        let mut broken = spec("shop");
+        broken["acton"] = "Deny".into();
+        fake.put("authorizationpolicies", deny("broken", broken));
+        let (code, _, notes) = ask(&fake, &asked).await;
+        assert_eq!(code, 1, "{notes}");
+        assert!(
+            notes.contains("AuthorizationPolicy sidegate-system/broken: spec.acton: "),
+            "{notes}"
+        );
+    }
+
+    #[tokio::test]
+    async fn whom_a_cluster_does_not_know_is_wrong_usage() {
+        let fake = cluster().await;
+        let mut plain = pod("shop", "plain", "plain");
+        plain["metadata"]["annotations"] = json!({});
+        fake.put("pods", plain);
+        let service = json!({
+            "metadata": { "namespace": "shop", "name": "plain" },
+            "spec": { "selector": { "app": "plain" }, "ports": [{ "port": 80 }] },
+        });
+        fake.put("services", service);
+        for (to, says) in [
+            ("plain", "no pod of shop/plain has a sidecar"),
+            ("nobody", "no pod answers to `nobody` in the namespace shop"),
+            ("svc/nobody", "no service shop/nobody"),
+            (
+                "orders:81",
+                "the service orders has no port `81`, only: 80, 6379",
+            ),
+            ("orders", "has several ports"),
+        ] {
+            let call = if to == "orders" {
+                "--from shop/web --method GET --path /orders/7 --ports a=1,b=2"
+            } else {
+                GET
+            };
+            let (code, out, notes) = ask(&fake, &format!("{call} --to {to}")).await;
+            assert_eq!((code, out.as_str()), (2, ""), "{to}");
+            assert!(notes.contains(says), "{to}: {notes}");
+        }
     }
 }
