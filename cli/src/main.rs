@@ -12,6 +12,7 @@ mod output;
 mod plugin;
 mod status;
 mod top;
+mod uninstall;
 mod validate;
 mod version;
 
@@ -42,6 +43,7 @@ enum Command {
     Validate(validate::ValidateArgs),
     Certs(certs::CertsArgs),
     Install(install::InstallArgs),
+    Uninstall(uninstall::UninstallArgs),
     Completions(CompletionsArgs),
     Version(version::VersionArgs),
 }
@@ -85,6 +87,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Validate(arguments) => validate::run(&arguments),
         Command::Certs(arguments) => certs::run(&arguments),
         Command::Install(arguments) => install::run(&arguments),
+        Command::Uninstall(arguments) => uninstall::run(&arguments),
         Command::Version(arguments) => version::run(&arguments),
         Command::Completions(arguments) => {
             let mut script = Vec::new();

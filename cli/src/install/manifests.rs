@@ -74,6 +74,14 @@ pub(crate) fn sections(plan: &Plan) -> anyhow::Result<Vec<Section>> {
     ])
 }
 
+/// Every object that some flags or others print.
+pub(crate) fn everything() -> anyhow::Result<Vec<Value>> {
+    let mut plan = Plan::default();
+    plan.set_replicas(2);
+    let sections = sections(&plan)?.into_iter();
+    Ok(sections.flat_map(|section| section.objects).collect())
+}
+
 fn to_yaml(whose: &str, config: &impl serde::Serialize) -> anyhow::Result<String> {
     serde_saphyr::to_string(config)
         .with_context(|| format!("the configuration of {whose} cannot be written"))

@@ -95,6 +95,10 @@ pub(super) fn bundle_policy() -> Vec<Value> {
          authorizer.group('admissionregistration.k8s.io').resource('validatingadmissionpolicies')\
          .name('{BUNDLE}').check('delete').allowed()))"
     );
+    // Not `request.name`: it is absent when a collection is deleted, as the end of a namespace does.
+    let is_the_bundle = format!(
+        "(request.operation == 'DELETE' ? oldObject : object).metadata.?name.orValue('') == '{BUNDLE}'"
+    );
     let policy = json!({
         "apiVersion": ADMISSION,
         "kind": "ValidatingAdmissionPolicy",
@@ -103,7 +107,7 @@ pub(super) fn bundle_policy() -> Vec<Value> {
             "failurePolicy": "Fail",
             "matchConditions": [{
                 "name": "is-the-bundle",
-                "expression": format!("request.name == '{BUNDLE}'"),
+                "expression": is_the_bundle,
             }],
             "matchConstraints": {
                 "matchPolicy": "Equivalent",
