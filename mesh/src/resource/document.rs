@@ -152,14 +152,20 @@ pub fn parse_documents(file: &str, text: &str) -> Vec<Result<Located<Resource>, 
 ///
 /// Every problem that is known; they name fields, not lines.
 pub fn parse_value(value: &Value) -> Result<Resource, Vec<Problem>> {
-    let root = node_of(value);
+    parse_known(value).1
+}
+
+/// As [`parse_value`]; beside it stands what can be said of the resource, also of one that is
+/// refused.
+pub fn parse_known(value: &Value) -> (Known, Result<Resource, Vec<Problem>>) {
     let tree = Tree {
-        root: Some(root.clone()),
+        root: Some(node_of(value)),
         fault: None,
         is_cut: false,
     };
     let document = document("", tree, Mark::default());
-    document.outcome.map(|located| located.value)
+    let outcome = document.outcome.map(|located| located.value);
+    (document.known, outcome)
 }
 
 /// Reads a file document by document, so that only one tree is kept at a time unless the visitor
