@@ -27,8 +27,8 @@ use rustls::sign::CertifiedKey;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use sidegate_mesh::clock::ManualClock;
 use sidegate_mtls::{
-    ALPN, ALPN_H2, Acceptor, Connector, CredentialStore, HandshakeError, PublishError, Revocations,
-    Svid, Trust,
+    ALPN, ALPN_H2, Acceptor, Connector, CredentialStore, HandshakeError, Hello, HelloReader,
+    PublishError, Revocations, Svid, Trust,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio_rustls::TlsConnector;
@@ -312,4 +312,65 @@ async fn an_older_bundle_or_an_svid_that_nobody_believes_is_not_published() {
     ));
     assert_eq!((serial(), store.current().unwrap().epoch()), (before, 2));
     assert_eq!(store.publish_svid(svid).unwrap(), 3);
+}
+
+/// The first bytes of a client that speaks to nobody.
+async fn first_bytes(client: impl Future<Output = ()>, mut far: DuplexStream) -> Vec<u8> {
+    let mut bytes = vec![0; 64 * 1024];
+    let read = tokio::select! {
+        read = far.read(&mut bytes) => read.unwrap(),
+        () = client => panic!("nobody answers it"),
+    };
+    bytes.truncate(read);
+    bytes
+}
+
+#[tokio::test]
+async fn a_sidecars_hello_is_told_from_any_other_however_it_is_cut() {
+    let world = World::new();
+    let store = world.store("shop/web");
+    let (near, far) = pipe();
+    let expected = id("shop/orders");
+    let connector = world.connector(&store);
+    let sidecar = async {
+        drop(connector.connect(near, &expected).await);
+    };
+    let mesh = first_bytes(sidecar, far).await;
+    let (near, far) = pipe();
+    let config = Arc::new(hostile_client(None, &[ALPN_H2]));
+    let name = ServerName::try_from("shop.example").unwrap();
+    let other = async {
+        drop(TlsConnector::from(config).connect(name, near).await);
+    };
+    let foreign = first_bytes(other, far).await;
+    for (bytes, said) in [(mesh, Hello::Mesh), (foreign, Hello::Foreign)] {
+        let mut reader = HelloReader::default();
+        let (last, begin) = bytes.split_last().unwrap();
+        for byte in begin {
+            assert_eq!(reader.read(&[*byte]), Hello::Incomplete);
+        }
+        assert_eq!(reader.read(&[*last]), said);
+        assert_eq!(HelloReader::default().read(&bytes), said);
+    }
+}
+
+#[test]
+fn what_is_no_hello_or_never_ends_is_not_a_sidecars() {
+    for bytes in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        b"\x16\x03\x01\x00\x05hello",
+        b"\0\0\0\0\0\0",
+    ] {
+        assert_eq!(HelloReader::default().read(bytes), Hello::Foreign);
+    }
+    // A record that promises more than anybody waits for.
+    let mut reader = HelloReader::default();
+    let mut said = reader.read(b"\x16\x03\x01\x40\x00\x01\x00\xff\xff");
+    let mut read = 0;
+    while said == Hello::Incomplete {
+        said = reader.read(&[0; 512]);
+        read += 512;
+        assert!(read <= HelloReader::BYTES_MAX + 512, "it waits for ever");
+    }
+    assert_eq!(said, Hello::Foreign);
 }

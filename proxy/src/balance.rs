@@ -475,6 +475,70 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_that_is_about_to_end_is_tried_when_no_other_is_well() {
+        let (services, _clock) = services();
+        let mut endpoints: Vec<_> = (1..=3).map(|port| endpoint(port, "orders")).collect();
+        endpoints[0].draining = true;
+        let target = services.target(route(&endpoints, Ejection::default()), None);
+        assert_eq!(target.candidates(&[]), [1, 2]);
+        assert_eq!(target.candidates(&[1]), [2]);
+        assert_eq!(target.candidates(&[1, 2]), [0]);
+        target.unreachable(1);
+        assert_eq!(target.candidates(&[]), [2]);
+        target.unreachable(2);
+        assert_eq!(target.candidates(&[]), [0], "it still serves");
+    }
+
+    #[test]
+    fn endpoints_of_our_own_zone_come_first_while_most_of_them_are_well() {
+        let (services, _clock) = services();
+        let zones = ["a", "a", "a", "a", "b", "b"];
+        let endpoints: Vec<_> = (1..)
+            .zip(zones)
+            .map(|(port, zone)| Endpoint {
+                zone: Some(zone.into()),
+                ..endpoint(port, "orders")
+            })
+            .collect();
+        let known = route(&endpoints, Ejection::default());
+        let near = |zone: &str| services.target(Arc::clone(&known), Some(zone.into()));
+        assert_eq!(near("a").candidates(&[]), [0, 1, 2, 3]);
+        assert_eq!(near("b").candidates(&[]), [4, 5]);
+        assert_eq!(
+            near("c").candidates(&[]),
+            [0, 1, 2, 3, 4, 5],
+            "none is near"
+        );
+        assert_eq!(
+            near("b").candidates(&[4, 5]),
+            [0, 1, 2, 3],
+            "all near ones were tried"
+        );
+        near("a").unreachable(0);
+        near("a").unreachable(1);
+        assert_eq!(near("a").candidates(&[]), [2, 3], "half of them are enough");
+        near("a").unreachable(2);
+        assert_eq!(
+            near("a").candidates(&[]),
+            [3, 4, 5],
+            "one must not carry the load of four"
+        );
+    }
+
+    #[test]
+    fn what_is_known_of_a_pod_is_known_however_it_is_called() {
+        let (services, _clock) = services();
+        let endpoints: Vec<_> = (1..=3).map(|port| endpoint(port, "orders")).collect();
+        let all = route(&endpoints, Ejection::default());
+        let one = route(&endpoints[1..2], Ejection::default());
+        let target = services.target(Arc::clone(&all), None);
+        services.target(Arc::clone(&one), None).unreachable(0);
+        assert_eq!(target.candidates(&[]), [0, 2]);
+        assert_eq!(services.target(all, None).candidates(&[]), [0, 2]);
+        assert_eq!(target.places_of(&services.target(one, None), &[0]), [1]);
+    }
+
+    #[test]
     fn when_all_are_left_alone_all_are_tried() {
         let (services, _clock) = services();
         let target = services.target(orders(2), None);

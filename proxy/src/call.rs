@@ -178,6 +178,9 @@ impl Call {
             record.decision = Some(Verdict::Deny);
             record.decision_id = Some(id.to_owned());
         }
+        if error.is_refusal() {
+            record.decision = Some(Verdict::Deny);
+        }
         if let Some(reason) = error.log_reason() {
             record.reason = Some(cut(&reason, TEXT_BYTES_MAX));
         }

@@ -48,6 +48,41 @@ pub enum Detected {
 ///
 /// That of the connection.
 pub async fn protocol<IO>(
+    io: IO,
+    clock: &dyn Clock,
+    timeout: Duration,
+) -> io::Result<(Detected, Prefixed<IO>)>
+where
+    IO: AsyncRead + Unpin,
+{
+    let bytes = BytesMut::with_capacity(PREFACE.len());
+    read_on(bytes, io, clock, timeout).await
+}
+
+/// As [`protocol`], for a connection whose first bytes have already been read.
+///
+/// # Errors
+///
+/// That of the connection.
+pub async fn protocol_of<IO>(
+    io: Prefixed<IO>,
+    clock: &dyn Clock,
+    timeout: Duration,
+) -> io::Result<(Detected, Prefixed<IO>)>
+where
+    IO: AsyncRead + Unpin,
+{
+    match classify(io.prefix()) {
+        Some(detected) => Ok((detected, io)),
+        None => {
+            let (bytes, io) = io.into_parts();
+            read_on(BytesMut::from(bytes), io, clock, timeout).await
+        }
+    }
+}
+
+async fn read_on<IO>(
+    mut bytes: BytesMut,
     mut io: IO,
     clock: &dyn Clock,
     timeout: Duration,
@@ -55,9 +90,9 @@ pub async fn protocol<IO>(
 where
     IO: AsyncRead + Unpin,
 {
-    let mut bytes = BytesMut::with_capacity(PREFACE.len());
     let mut expired = clock.sleep(timeout);
     let detected = loop {
+        bytes.reserve(PREFACE.len());
         let read = tokio::select! {
             read = io.read_buf(&mut bytes) => read?,
             () = &mut expired => break after_silence(&bytes),
@@ -139,11 +174,17 @@ impl<IO: AsyncRead + Unpin> Prefixed<IO> {
     ///
     /// That of the connection.
     pub async fn read_ahead(&mut self) -> io::Result<usize> {
-        let mut bytes = BytesMut::from(std::mem::take(&mut self.prefix));
-        bytes.reserve(READ_AHEAD_BYTES);
-        let read = self.io.read_buf(&mut bytes).await;
-        self.prefix = bytes.freeze();
-        read
+        let mut more = BytesMut::with_capacity(READ_AHEAD_BYTES);
+        // Nothing is lost when this is given up: what was not read is not taken.
+        let read = self.io.read_buf(&mut more).await?;
+        if self.prefix.is_empty() {
+            self.prefix = more.freeze();
+        } else {
+            let mut bytes = BytesMut::from(std::mem::take(&mut self.prefix));
+            bytes.extend_from_slice(&more);
+            self.prefix = bytes.freeze();
+        }
+        Ok(read)
     }
 }
 
@@ -263,6 +304,29 @@ mod tests {
         let (detected, rest) = detect(&[b"P", b"OST / HTTP/1.1\r\n"], false).await;
         assert_eq!(detected, Detected::Http1);
         assert_eq!(rest, b"POST / HTTP/1.1\r\n");
+    }
+
+    #[tokio::test]
+    async fn what_is_read_ahead_comes_first_and_a_wait_for_it_may_be_given_up() {
+        let (mut client, server) = tokio::io::duplex(64);
+        let mut io = Prefixed::new(Bytes::from_static(b"a"), server);
+        {
+            let mut wait = std::pin::pin!(io.read_ahead());
+            assert!(futures_util::poll!(wait.as_mut()).is_pending());
+        }
+        client.write_all(b"bc").await.unwrap();
+        assert_eq!(io.read_ahead().await.unwrap(), 2);
+        assert_eq!(io.prefix(), b"abc");
+        let clock = ManualClock::new(SystemTime::UNIX_EPOCH);
+        let (detected, mut io) = protocol_of(io, &clock, Duration::from_secs(1))
+            .await
+            .unwrap();
+        assert_eq!(detected, Detected::Http1);
+        client.write_all(b"d").await.unwrap();
+        drop(client);
+        let mut rest = Vec::new();
+        io.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest, b"abcd");
     }
 
     #[tokio::test]

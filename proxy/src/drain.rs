@@ -209,6 +209,15 @@ mod tests {
     }
 
     #[test]
+    fn callers_may_be_asked_to_leave_before_any_drain() {
+        let (drain, _clock) = drain();
+        assert!(drain.asked_to_leave().now_or_never().is_none());
+        drain.ask_to_leave();
+        assert!(drain.asked_to_leave().now_or_never().is_some());
+        assert!(drain.is_asked_to_leave() && !drain.is_draining());
+    }
+
+    #[test]
     fn a_second_start_does_not_prolong_the_first() {
         let (drain, clock) = drain();
         drain.start(Duration::ZERO, Duration::from_secs(5));

@@ -267,6 +267,7 @@ impl RequestError {
             | Self::UpstreamProtocol { detail } => Some(detail.clone()),
             Self::UpstreamIdentity { reason } => Some(reason.clone()),
             Self::PolicyChanged { .. } => Some("denied by policy change".to_owned()),
+            Self::EgressDenied => Some("the namespace lets nothing out of the mesh".to_owned()),
             Self::PeerReset {
                 reason: Some(reason),
             } => Some(reason_words(*reason)),
@@ -279,11 +280,15 @@ impl RequestError {
             | Self::DrainDeadline
             | Self::DestinationUnknown
             | Self::DestinationChanged
-            | Self::EgressDenied
             | Self::NoEndpoint
             | Self::Timeout { .. }
             | Self::Idle => None,
         }
+    }
+
+    /// Whether nobody may make such a call, whoever it is that would be called.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::DestinationRefused { .. } | Self::EgressDenied)
     }
 
     /// What the caller of a refused call is told, when this is a refusal.

@@ -6,7 +6,7 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
@@ -17,6 +17,7 @@ use h2::{Reason, RecvStream, SendStream};
 use http::{Method, Request, Response, StatusCode};
 use http_body::{Frame, SizeHint};
 use sidegate_mesh::Clock;
+use sidegate_mesh::routes::Endpoint;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tower::ServiceExt;
 
@@ -29,6 +30,9 @@ use crate::pool::{Lease, Pool, Slot};
 use crate::retry::{Next, Outcome, Plan, Stage, Subject};
 use crate::stack::OutboundStack;
 use crate::wire::send::{SendError, send_body};
+
+/// How long a new connection may take where there are other endpoints.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// When the caller's body may be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -244,8 +248,36 @@ pub async fn dispatch(pool: Arc<Pool>, attempt: Attempt) -> Result<Answer, Failu
     let (Some(endpoint), Some(load)) = (target.endpoint(index), target.begin(index)) else {
         return Err(Failure::unsent(RequestError::NoEndpoint));
     };
-    let lease = pool.checkout(endpoint).await.map_err(Failure::unsent)?;
-    send(&pool, lease, &attempt.call, load).await
+    let others = attempt.candidates.len() > 1;
+    let lease = connect(&pool, endpoint, others).await;
+    send(&pool, lease.map_err(Failure::unsent)?, &attempt.call, load).await
+}
+
+/// A stream on a connection to `endpoint`. Where there are others to go to, one that has no
+/// connection is not waited for as long as one that is the only one: the address of a pod that is
+/// gone is often silent.
+async fn connect(
+    pool: &Arc<Pool>,
+    endpoint: &Endpoint,
+    others: bool,
+) -> Result<Lease, RequestError> {
+    let mut lease = pin!(pool.checkout(endpoint));
+    if let Poll::Ready(lease) = futures_util::poll!(lease.as_mut()) {
+        return lease;
+    }
+    if !others {
+        return lease.await;
+    }
+    tokio::select! {
+        lease = lease.as_mut() => return lease,
+        () = pool.shared.clock.sleep(CONNECT_PATIENCE) => {}
+    }
+    if pool.is_connected(endpoint) {
+        return lease.await;
+    }
+    Err(RequestError::UpstreamConnect {
+        detail: "no connection in time, and there are others".to_owned(),
+    })
 }
 
 async fn send(

@@ -202,8 +202,26 @@ async fn serve_connection(inbound: &Arc<Inbound>, stream: TcpStream, address: So
         }
     }
     let address = original::canonical(address);
-    let accepted = handshake::accept(inbound, stream, address, target).await;
+    let mut accepted = handshake::accept(inbound, stream, address, target).await;
+    if let (Some(Accepted::Silent(..)), Some(target)) = (&accepted, target) {
+        accepted = listen(inbound, accepted, address, target).await;
+    }
     serve_accepted(inbound, accepted, address, target).await;
+}
+
+/// Lets the application speak first to a caller that says nothing; who comes when it is the caller
+/// that speaks after all.
+async fn listen(
+    inbound: &Arc<Inbound>,
+    accepted: Option<Accepted>,
+    address: SocketAddr,
+    target: Target,
+) -> Option<Accepted> {
+    let Some(Accepted::Silent(io, door)) = accepted else {
+        return accepted;
+    };
+    let spoken = plain::speak_first(inbound, (io, door), address, target).await?;
+    handshake::look(inbound, spoken, address, door).await
 }
 
 /// A call of this pod to itself: its own identity is the caller, and the policy holds.
@@ -229,7 +247,7 @@ async fn serve_accepted(
         (Some(Accepted::Plain(caller)), Some(target)) => {
             return plain::serve(inbound, caller, address, target).await;
         }
-        (Some(Accepted::Plain(_)), None) | (None, _) => return,
+        (Some(Accepted::Plain(_)), None) | (Some(Accepted::Silent(..)) | None, _) => return,
     };
     let Some(_permit) = permit_for(inbound, peer.id.text()) else {
         return;

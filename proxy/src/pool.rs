@@ -145,6 +145,12 @@ impl Pool {
         }
     }
 
+    /// Whether a connection to `endpoint` is open.
+    pub fn is_connected(&self, endpoint: &Endpoint) -> bool {
+        let host = self.host(endpoint);
+        host.is_ok_and(|host| !host.lock().connections.is_empty())
+    }
+
     /// How many connections are open or being made.
     pub fn connections(&self) -> usize {
         let hosts = lock(&self.hosts);

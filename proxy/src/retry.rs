@@ -409,6 +409,34 @@ mod tests {
     }
 
     #[test]
+    fn a_call_that_everybody_refuses_is_tried_again_a_moment_later_and_not_for_ever() {
+        let traffic = Traffic::default();
+        let budget = Budget::default();
+        let subject = Subject {
+            method: &Method::POST,
+            grpc: None,
+        };
+        let mut plan = Plan::new(&traffic, &budget, subject);
+        let error = connect();
+        let mut pauses = Vec::new();
+        while let Next::Again { pause } = plan.after(failure(Stage::Refused, &error), true, 0) {
+            pauses.push(pause);
+        }
+        assert_eq!(pauses.len(), 4, "{pauses:?}");
+        assert!(
+            pauses[0].is_zero(),
+            "a connection that went away is no reason to wait"
+        );
+        assert!(pauses[1..].iter().all(|pause| *pause >= PAUSE_FIRST / 2));
+        let mut plan = Plan::new(&traffic, &budget, subject);
+        for _ in 0..4 {
+            let next = plan.after(failure(Stage::Refused, &error), true, 1);
+            let pause = Duration::ZERO;
+            assert_eq!(next, Next::Again { pause }, "elsewhere it is tried at once");
+        }
+    }
+
+    #[test]
     fn what_may_have_reached_an_application_is_repeated_only_if_idempotent() {
         let traffic = Traffic::default();
         get(&traffic).check(failure(Stage::Sent, &reset()), true);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use sidegate_mesh::policy::reason;
-use sidegate_mesh::policy::{Ask, Caller};
+use sidegate_mesh::policy::{Ask, Caller, HttpAsk};
 use sidegate_mesh::resource::{Action, Kind, Mode, Selector};
 use sidegate_mesh::{BrokenResource, Enforcement, Policy, Problem, ResourceSet, Verdict};
 
@@ -721,4 +721,37 @@ fn a_call_without_a_certificate_may_not_send_bytes_as_anyone() {
     );
     let decision = policy.authorize(Caller::Unauthenticated, 6379, &Ask::Opaque);
     assert_eq!(decision.verdict, Verdict::Deny);
+}
+
+#[test]
+fn a_call_without_an_identity_on_a_port_not_listed_for_such_is_never_allowed() {
+    let spec = "{selector: {}, ports: [8080], action: Allow, rules: [{name: r, \
+                from: [{unauthenticated: {}}], to: [{http: {methods: ['*'], paths: ['/**']}}]}]}";
+    let (path, authority) = ("/x".parse().unwrap(), None);
+    let ask = Ask::Http(HttpAsk {
+        method: "GET",
+        path: &path,
+        authority,
+        upgrade: None,
+        grpc: false,
+    });
+    for (enforcement, verdict) in [
+        (Enforcement::Enforce, Verdict::Deny),
+        (Enforcement::Audit, Verdict::WouldDeny),
+    ] {
+        let (policy, _) = Policy::compile(&set(&[("p", spec)]), &workload(enforcement));
+        assert_eq!(policy.enforcement(), enforcement);
+        let listed = policy.authorize(Caller::Unauthenticated, 8080, &ask);
+        assert_eq!(listed.verdict, Verdict::Allow);
+        let decision = policy.without_identity(8080, &ask);
+        assert_eq!(decision.verdict, verdict);
+        assert_eq!(decision.reason, reason::NO_IDENTITY);
+        assert_eq!((decision.policy, decision.rule), (None, None));
+        // Bytes never pass for HTTP, whoever sends them and also where only audited.
+        let bytes = policy.without_identity(8080, &Ask::Opaque);
+        assert_eq!(
+            (bytes.verdict, bytes.reason),
+            (Verdict::Deny, reason::OPAQUE)
+        );
+    }
 }

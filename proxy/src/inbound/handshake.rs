@@ -48,6 +48,9 @@ pub(super) enum Accepted {
     Mesh(Box<TlsStream<Socket>>, Box<Peer>),
     /// A caller without an identity.
     Plain(Plain),
+    /// Somebody who has not said anything yet. Its application may be the one to speak first; where
+    /// it is not, [`look`] again at what comes.
+    Silent(Prefixed<Abortable>, Door),
 }
 
 /// A connection without an identity, where its port lets such callers in.
@@ -60,9 +63,9 @@ pub(super) struct Plain {
 
 /// Whom a port lets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Door {
+pub(super) struct Door {
     /// The port is listed for callers without an identity.
-    listed: bool,
+    pub(super) listed: bool,
     /// The workload refuses nobody.
     audits: bool,
     /// Opaque bytes may enter.
@@ -106,7 +109,8 @@ pub(super) async fn accept(
     let shared = &inbound.shared;
     let door = Door::of(shared, target);
     if door.is_open() {
-        return look(inbound, stream, address, door).await;
+        let io = Prefixed::new(bytes::Bytes::new(), Abortable::new(stream));
+        return look(inbound, io, address, door).await;
     }
     match first(shared, &stream).await {
         First::Tls => {}
@@ -140,9 +144,9 @@ pub(super) async fn authenticate(
 }
 
 /// Looks at the first bytes of a connection to a port that takes callers without an identity.
-async fn look(
+pub(super) async fn look(
     inbound: &Inbound,
-    stream: TcpStream,
+    io: Prefixed<Abortable>,
     address: SocketAddr,
     door: Door,
 ) -> Option<Accepted> {
@@ -150,8 +154,7 @@ async fn look(
     let patience = inbound.shared.config.limits.handshake_timeout;
     // A caller that lets the application speak first says nothing; a sidecar begins at once.
     let silence = if door.opaque { SILENCE } else { patience };
-    let detected = detect::protocol(Abortable::new(stream), clock, silence).await;
-    let (spoken, mut io) = detected.ok()?;
+    let (spoken, mut io) = detect::protocol_of(io, clock, silence).await.ok()?;
     if spoken == Detected::Tls {
         let hello = tokio::select! {
             hello = read_hello(&mut io) => hello.ok()?,
@@ -163,7 +166,9 @@ async fn look(
     }
     match spoken {
         Detected::Closed => None,
-        Detected::Silent if !door.opaque => None,
+        Detected::Silent if door.opaque => Some(Accepted::Silent(io, door)),
+        // A port scan or a TCP health check: nobody tried anything.
+        Detected::Silent => None,
         _ => Some(Accepted::Plain(Plain {
             io,
             spoken,

@@ -10,17 +10,21 @@ mod http1;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use bytes::Bytes;
+use sidegate_mesh::Clock;
 use sidegate_mesh::access_log::Protocol;
 
-use super::handshake::Plain;
+use super::handshake::{Door, Plain};
 use super::{Inbound, Target, permit_for, request, session};
+use crate::authorize;
 use crate::call::Call;
 use crate::connections::{Link, LinkGuard, Subject, Who};
-use crate::detect::Detected;
+use crate::detect::{Detected, Prefixed};
 use crate::error::RequestError;
+use crate::limits::Permit;
 use crate::relay::relay;
 use crate::socket::Carrier;
-use crate::wire::tunnel::{TunnelIdle, TunnelIo};
+use crate::wire::tunnel::{Abortable, TunnelIdle, TunnelIo};
 
 /// Serves the connection to its end.
 pub(super) async fn serve(
@@ -39,27 +43,90 @@ pub(super) async fn serve(
     let link = inbound.registry.register(who, address, shared.clock.now());
     let opaque = shared.config.opaque_ports.contains(&target.port);
     match caller.spoken {
-        _ if opaque => serve_opaque(inbound, caller, &link, target).await,
+        _ if opaque => serve_opaque(inbound, (caller, None), &link, target).await,
         Detected::Http1 => http1::serve(inbound, caller.io, &link, target).await,
         Detected::Http2 => {
             let carrier = Carrier::Plain(caller.io);
             session::run(inbound, &link, carrier, Some(target)).await;
         }
         Detected::Tls | Detected::Other | Detected::Silent => {
-            serve_opaque(inbound, caller, &link, target).await;
+            serve_opaque(inbound, (caller, None), &link, target).await;
         }
         Detected::Closed => {}
     }
 }
 
-/// Bytes as they are, where the policy carries such; a caller that is refused sees a reset.
-async fn serve_opaque(inbound: &Arc<Inbound>, caller: Plain, link: &LinkGuard, target: Target) {
+/// Opens a connection to the application for a caller that says nothing, where the policy would
+/// serve it as bytes, and serves it when it is the application that speaks first. When it is the
+/// caller, its connection comes back with what it said, and nothing has happened.
+pub(super) async fn speak_first(
+    inbound: &Arc<Inbound>,
+    (mut io, door): (Prefixed<Abortable>, Door),
+    address: SocketAddr,
+    target: Target,
+) -> Option<Prefixed<Abortable>> {
     let shared = &inbound.shared;
-    let mut call = request::begin(shared, link.link());
+    let who = Who::Nobody {
+        listed: door.listed,
+    };
+    let subject = Subject::Opaque { port: target.port };
+    let served = shared.state.current().is_some_and(|snapshot| {
+        let decision = authorize::decide(&snapshot.policy, &who, &subject);
+        decision.is_served()
+    });
+    let mut upstream = None;
+    if served {
+        // Where it refuses, that is found out again, and recorded, once somebody has spoken.
+        upstream = inbound.application.connect(target.address).await.ok();
+    }
+    let patience = if upstream.is_some() {
+        shared.config.limits.connection_idle_timeout
+    } else {
+        shared.config.limits.handshake_timeout
+    };
+    let mut upstream = upstream.map(|(io, permit)| (Prefixed::new(Bytes::new(), io), permit));
+    let application = async {
+        match &mut upstream {
+            Some((io, _)) => io.read_ahead().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        read = io.read_ahead() => match read {
+            Ok(1..) => return Some(io),
+            // Its half has ended, and the application's may follow.
+            Ok(0) => {}
+            Err(_) => return None,
+        },
+        _ = application => {}
+        () = shared.clock.sleep(patience) => {}
+    }
+    let caller = Plain {
+        io,
+        spoken: Detected::Silent,
+        listed: door.listed,
+    };
+    let _permit = permit_for(inbound, &address.ip().to_string().into())?;
+    let link = inbound.registry.register(who, address, shared.clock.now());
+    serve_opaque(inbound, (caller, upstream), &link, target).await;
+    None
+}
+
+/// A connection to the application, with what it has said already.
+type Upstream = (Prefixed<Abortable>, Permit);
+
+/// Bytes as they are, where the policy carries such; a caller that is refused sees a reset.
+async fn serve_opaque(
+    inbound: &Arc<Inbound>,
+    ends: (Plain, Option<Upstream>),
+    link: &LinkGuard,
+    target: Target,
+) {
+    let mut call = request::begin(&inbound.shared, link.link());
     call.record().protocol = Protocol::Tcp;
-    let abort = caller.io.get_ref().abort();
-    abort.arm();
-    if let Err(error) = carry(inbound, caller, link.link(), (target, &mut call)).await {
+    ends.0.io.get_ref().abort().arm();
+    if let Err(error) = carry(inbound, ends, link.link(), (target, &mut call)).await {
         call.fail(&error);
     }
     call.finish();
@@ -67,7 +134,7 @@ async fn serve_opaque(inbound: &Arc<Inbound>, caller: Plain, link: &LinkGuard, t
 
 async fn carry(
     inbound: &Inbound,
-    caller: Plain,
+    (caller, upstream): (Plain, Option<Upstream>),
     link: &Arc<Link>,
     (target, call): (Target, &mut Call),
 ) -> Result<(), RequestError> {
@@ -80,27 +147,33 @@ async fn carry(
     call.forwarded();
     let counters = call.counters();
     let carried = async {
-        let (io, _permit) = inbound.application.connect(target.address).await?;
-        let upstream = TunnelIo {
-            abort: io.abort(),
-            leading: bytes::Bytes::new(),
-            io,
-        };
-        let (leading, io) = caller.io.into_parts();
-        let caller = TunnelIo {
-            abort: io.abort(),
-            leading,
-            io,
+        let (upstream, _permit) = match upstream {
+            Some(upstream) => upstream,
+            None => {
+                let (io, permit) = inbound.application.connect(target.address).await?;
+                (Prefixed::new(Bytes::new(), io), permit)
+            }
         };
         let idle = TunnelIdle {
             limit: shared.config.limits.stream_idle_timeout,
             clock: Arc::clone(&shared.clock),
         };
-        relay(caller, upstream, &counters, &idle).await.outcome()
+        relay(side(caller.io), side(upstream), &counters, &idle)
+            .await
+            .outcome()
     };
     let ending = tokio::select! {
         carried = carried => return carried,
         ending = live.live().ended() => ending,
     };
     Err(request::ended(shared, call, ending))
+}
+
+fn side(io: Prefixed<Abortable>) -> TunnelIo<Abortable> {
+    let (leading, io) = io.into_parts();
+    TunnelIo {
+        abort: io.abort(),
+        leading,
+        io,
+    }
 }

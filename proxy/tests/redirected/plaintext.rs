@@ -5,6 +5,7 @@ use sidegate_mesh::Verdict;
 use sidegate_mesh::access_log::Protocol;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 
 use crate::pod::{Cluster, Pod, exchange, get, h2, rest, soon};
 use crate::{BYTES, WEB, app};
@@ -202,6 +203,73 @@ async fn a_server_that_speaks_first_is_heard_in_plaintext() {
     let mut greeting = [0; 6];
     soon(stream.read_exact(&mut greeting)).await.unwrap();
     assert_eq!(&greeting, b"hello ");
+}
+
+#[tokio::test]
+async fn a_sidecar_that_is_slow_to_speak_is_not_taken_for_a_silent_client() {
+    let cluster = Cluster::new();
+    let orders = cluster.pod("orders", "").await;
+    orders.audit("");
+    let (opened, mut openings) = mpsc::unbounded_channel();
+    app::raw(orders.at(6379), move |mut stream| {
+        let opened = opened.clone();
+        async move {
+            opened.send(()).unwrap();
+            let mut asked = [0; 3];
+            if stream.read_exact(&mut asked).await.is_ok() {
+                stream.write_all(&asked).await.unwrap();
+            }
+        }
+    })
+    .await;
+    let stream = connect(&orders, 6379).await;
+    // Its silence has been taken for that of a client whose server speaks first.
+    soon(openings.recv()).await.unwrap();
+    let web = cluster.connector("web");
+    let (tls, _) = soon(web.connect(stream, orders.id())).await.unwrap();
+    let (client, connection) = soon(h2::client::handshake(tls)).await.unwrap();
+    tokio::spawn(async move { drop::<Result<(), h2::Error>>(connection.await) });
+    let mut request = Request::connect("http://orders/").body(()).unwrap();
+    let protocol = h2::ext::Protocol::from_static("sidegate-tcp");
+    request.extensions_mut().insert(protocol);
+    let mut client: h2::client::SendRequest<bytes::Bytes> = soon(client.ready()).await.unwrap();
+    while !client.is_extended_connect_protocol_enabled() {
+        tokio::task::yield_now().await;
+    }
+    let (response, mut send) = client.send_request(request, false).unwrap();
+    let response = soon(response).await.unwrap();
+    assert_eq!(response.status(), 200);
+    send.send_data("abc".into(), true).unwrap();
+    let data = soon(response.into_body().data()).await.unwrap().unwrap();
+    assert_eq!(data, "abc");
+    let record = orders.record(|_| true).await;
+    assert!(record.source.is_some(), "{record:?}");
+}
+
+#[tokio::test]
+async fn a_silent_client_that_speaks_http_after_all_is_read_as_such() {
+    let cluster = Cluster::new();
+    let orders = cluster.pod("orders", "").await;
+    orders.audit("");
+    let (opened, mut openings) = mpsc::unbounded_channel();
+    app::raw(orders.at(8080), move |mut stream| {
+        let opened = opened.clone();
+        async move {
+            opened.send(()).unwrap();
+            let mut head = [0; 512];
+            if stream.read(&mut head).await.is_ok_and(|read| read > 0) {
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+                stream.write_all(answer).await.unwrap();
+            }
+        }
+    })
+    .await;
+    let mut stream = connect(&orders, 8080).await;
+    soon(openings.recv()).await.unwrap();
+    assert_eq!(get(&mut stream, "/late").await.status, 200);
+    let record = orders.record(|_| true).await;
+    assert_eq!(record.protocol, Protocol::Http1, "{record:?}");
+    assert_eq!(record.path.as_deref(), Some("/late"));
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ use sidegate_mesh::routes::{Endpoint, PortProtocol, Route, Traffic};
 use sidegate_mesh::store::ResourceStore;
 use sidegate_mesh::{Clock, Enforcement, Snapshot, SpiffeId, Workload};
 use sidegate_mtls::{
-    BundleSet, CredentialStore, Svid, SystemClock, Trust, VerifyLimits, WorkloadKey,
+    BundleSet, Connector, CredentialStore, Svid, SystemClock, Trust, VerifyLimits, WorkloadKey,
     crypto_provider,
 };
 use sidegate_proxy::access_log::Handle;
@@ -113,6 +113,13 @@ impl Cluster {
         let store = CredentialStore::new(VerifyLimits::default(), crypto_provider(), clock);
         store.publish(svid, Trust::from_bundles(bundles)).unwrap();
         store
+    }
+
+    /// Mutual TLS as this account, by hand.
+    pub fn connector(&self, account: &str) -> Connector {
+        let id = format!("spiffe://mesh.local/ns/shop/sa/{account}");
+        let store = self.credentials(&id.parse().unwrap());
+        Connector::new(store, PATIENCE, Arc::new(SystemClock))
     }
 
     /// A pod whose callers are held to `policy`.
