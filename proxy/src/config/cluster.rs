@@ -188,8 +188,8 @@ impl Pod {
             text.ok_or(EnvironmentError::Missing { variable: name })
         };
         let address = |text: &str| {
-            let address = text.trim().parse();
-            address.map_err(|_: std::net::AddrParseError| EnvironmentError::Address {
+            let address = text.trim().parse().ok();
+            address.ok_or_else(|| EnvironmentError::Address {
                 text: text.to_owned(),
             })
         };

@@ -257,6 +257,11 @@ impl Config {
     }
 }
 
+fn hex_digit(value: u8) -> char {
+    let digit = char::from_digit(u32::from(value), 16).unwrap_or('0');
+    digit.to_ascii_uppercase()
+}
+
 fn check_http(faults: &mut Vec<Fault>, field: &str, http: &HttpProbe) {
     if http.path_and_query().is_none() {
         let field = format!("{field}.http.path");
@@ -286,7 +291,8 @@ impl HttpProbe {
             if byte.is_ascii_graphic() && !br#""<>\^`{|}"#.contains(&byte) {
                 text.push(char::from(byte));
             } else {
-                text.push_str(&format!("%{byte:02X}"));
+                text.push('%');
+                text.extend([byte >> 4, byte & 0xf].map(hex_digit));
             }
         }
         text.parse().ok()

@@ -76,11 +76,15 @@ fn question(service: &str) -> Bytes {
     if !service.is_empty() {
         message.put_u8(0x0a);
         let mut length = service.len();
-        while length > 0x7f {
-            message.put_u8(0x80 | (length & 0x7f) as u8);
+        loop {
+            let seven = u8::try_from(length & 0x7f).unwrap_or_default();
             length >>= 7;
+            if length == 0 {
+                message.put_u8(seven);
+                break;
+            }
+            message.put_u8(0x80 | seven);
         }
-        message.put_u8(length as u8);
         message.put_slice(service.as_bytes());
     }
     let mut framed = BytesMut::with_capacity(PREFIX_BYTES + message.len());

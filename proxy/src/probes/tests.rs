@@ -299,8 +299,8 @@ async fn over_tls_any_certificate_will_do() {
         };
         let probe = probe(ProbeKind::Liveness, config);
         let asker = asker();
-        let (asked, ()) = tokio::join!(asker.ask(&probe), server);
-        asked.unwrap();
+        let (outcome, ()) = tokio::join!(asker.ask(&probe), server);
+        outcome.unwrap();
     }
 }
 
@@ -330,8 +330,8 @@ async fn health(answer: &'static [u8], grpc_status: &'static str) -> Result<(), 
     };
     let probe = probe(ProbeKind::Readiness, grpc(port, "shop"));
     let asker = asker();
-    let (asked, ()) = tokio::join!(asker.ask(&probe), server);
-    asked
+    let (outcome, ()) = tokio::join!(asker.ask(&probe), server);
+    outcome
 }
 
 #[tokio::test]
@@ -436,7 +436,7 @@ async fn a_body_that_breaks_off_is_a_failure_and_a_long_one_is_not_read() {
         };
         let probe = probe(ProbeKind::Liveness, http(port, "/"));
         let asker = asker();
-        let (asked, ()) = tokio::join!(asker.ask(&probe), server);
-        assert_eq!(asked.is_ok(), well, "{asked:?}");
+        let (outcome, ()) = tokio::join!(asker.ask(&probe), server);
+        assert_eq!(outcome.is_ok(), well, "{outcome:?}");
     }
 }

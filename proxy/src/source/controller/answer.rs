@@ -24,13 +24,13 @@ pub(super) fn answer(
 ) -> Answer {
     use proto::destination::Kind;
     match kind {
-        Some(Kind::Meshed(meshed)) => match route(at, &meshed, traffic) {
-            Some(route) => Answer::Known(Destination::Meshed(Arc::new(route))),
-            None => {
+        Some(Kind::Meshed(meshed)) => {
+            let Some(route) = route(at, &meshed, traffic) else {
                 warn!(service = meshed.service, "destination of no service");
-                Answer::Unknown
-            }
-        },
+                return Answer::Unknown;
+            };
+            Answer::Known(Destination::Meshed(Arc::new(route)))
+        }
         Some(Kind::External(external)) => Answer::Known(Destination::External {
             refused: external.refused,
         }),

@@ -192,13 +192,12 @@ impl ControllerSource {
             labels: workload.labels.into_iter().collect(),
             enforcement: enforcement.unwrap_or_else(|| enforcement_of(&workload.enforcement)),
         };
-        match &mut sync.staged {
-            Some(staged) => staged.facts = Some(facts),
-            None => {
-                changes.any |= self.known.facts.as_ref() != Some(&facts);
-                self.known.facts = Some(facts);
-            }
+        if let Some(staged) = &mut sync.staged {
+            staged.facts = Some(facts);
+            return;
         }
+        changes.any |= self.known.facts.as_ref() != Some(&facts);
+        self.known.facts = Some(facts);
     }
 
     /// The pod is about to end: whoever calls had better go elsewhere.

@@ -18,6 +18,10 @@ const REFUSAL_BYTES_MAX: usize = 2048;
 
 /// What no two resources share.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(
+    clippy::struct_field_names,
+    reason = "a name is what Kubernetes calls it"
+)]
 pub(super) struct Name {
     pub(super) kind: String,
     namespace: String,
@@ -245,7 +249,11 @@ fn printable(json: &str) -> String {
             | '\u{feff}'
             | '\u{fffe}'
             | '\u{ffff}' => {
-                text.push_str(&format!("\\u{:04x}", u32::from(character)));
+                // As JSON and YAML both write it: these all have four hexadecimal digits.
+                let code = u32::from(character);
+                let digit = |shift: u32| char::from_digit((code >> shift) & 0xf, 16).unwrap_or('0');
+                text.push_str("\\u");
+                text.extend([12, 8, 4, 0].map(digit));
             }
             _ => text.push(character),
         }

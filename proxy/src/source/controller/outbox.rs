@@ -51,12 +51,13 @@ pub(super) fn requests(
     futures_util::stream::unfold(
         (Some(hello), outbox, destinations),
         |(hello, outbox, destinations)| async move {
-            let message = match hello {
-                Some(hello) => Message::Hello(hello),
-                None => tokio::select! {
+            let message = if let Some(hello) = hello {
+                Message::Hello(hello)
+            } else {
+                tokio::select! {
                     change = destinations.next_change() => subscription(change),
                     acknowledge = outbox.next() => Message::Acknowledge(acknowledge),
-                },
+                }
             };
             let request = proto::WatchRequest {
                 message: Some(message),
