@@ -137,15 +137,21 @@ impl Control {
         let admin = responder::serve(
             TcpListener::from_std(self.admin.try_clone()?)?,
             Arc::new(admin),
-            limits.admin_connections.clone(),
-            CONNECTION_LIFE_MAX,
+            responder::Bounds {
+                connections: limits.admin_connections.clone(),
+                life_max: CONNECTION_LIFE_MAX,
+                makes_room: false,
+            },
             stop.clone(),
         );
         let health = responder::serve(
             TcpListener::from_std(self.health.try_clone()?)?,
             Arc::new(health),
-            limits.health_connections.clone(),
-            health_life,
+            responder::Bounds {
+                connections: limits.health_connections.clone(),
+                life_max: health_life,
+                makes_room: true,
+            },
             stop.clone(),
         );
         let mut tasks = JoinSet::new();

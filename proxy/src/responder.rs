@@ -1,9 +1,11 @@
 //! The small HTTP/1 server behind the administration and the health port.
 //!
 //! Invariants: it reads no body; connections are bounded in number, in the time that a head may take
-//! and in their whole life; what it answers is never cached.
+//! and in their whole life; where strangers reach the port, those that ask nothing make room for
+//! those that do; what it answers is never cached.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use crate::limits::Limit;
+use crate::limits::{Limit, Permit};
 
 /// Longest wait for a head, the first and each later one.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -60,15 +62,67 @@ pub(crate) trait Respond: Send + Sync + 'static {
 #[error("no answer is given")]
 struct NoAnswer;
 
-/// Serves `listener` until `stop`, then ends its connections, of which none lives longer than
-/// `life_max`.
+/// How many connections there are, and for how long.
+pub(crate) struct Bounds {
+    /// At once.
+    pub(crate) connections: Limit,
+    /// Longest life of each.
+    pub(crate) life_max: Duration,
+    /// Whether a new one takes the place of the oldest that waits for a request, when there are too
+    /// many. Otherwise it is closed.
+    pub(crate) makes_room: bool,
+}
+
+/// Connections in the order in which they came.
+#[derive(Default)]
+struct Places(Mutex<Vec<Arc<Place>>>);
+
+/// One connection's right to be.
+struct Place {
+    permit: Mutex<Option<Permit>>,
+    answering: AtomicBool,
+    taken: CancellationToken,
+}
+
+impl Places {
+    fn enter(&self, permit: Permit) -> Arc<Place> {
+        let place = Arc::new(Place {
+            permit: Mutex::new(Some(permit)),
+            answering: AtomicBool::new(false),
+            taken: CancellationToken::new(),
+        });
+        self.lock().push(Arc::clone(&place));
+        place
+    }
+
+    fn leave(&self, place: &Arc<Place>) {
+        self.lock().retain(|other| !Arc::ptr_eq(other, place));
+    }
+
+    /// The permit of the oldest connection that has nothing to answer, which ends by that.
+    fn take_one(&self) -> Option<Permit> {
+        let mut places = self.lock();
+        let idle = |place: &Arc<Place>| !place.answering.load(Ordering::Acquire);
+        let at = places.iter().position(idle)?;
+        let place = places.remove(at);
+        place.taken.cancel();
+        let mut permit = place.permit.lock().unwrap_or_else(PoisonError::into_inner);
+        permit.take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Place>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Serves `listener` until `stop`, then ends its connections.
 pub(crate) async fn serve(
     listener: TcpListener,
     respond: Arc<dyn Respond>,
-    connections: Limit,
-    life_max: Duration,
+    bounds: Bounds,
     stop: CancellationToken,
 ) {
+    let places = Arc::new(Places::default());
     let tasks = TaskTracker::new();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let stream = match accepted {
@@ -79,16 +133,23 @@ pub(crate) async fn serve(
                 continue;
             }
         };
-        // Beyond the limit a connection is closed at once, which the limit has counted.
-        if let Some(permit) = connections.try_acquire() {
-            let connection = serve_connection(stream, Arc::clone(&respond));
-            let stop = stop.clone();
+        // Beyond the limit one connection is closed, this one or an older one; the limit counts.
+        let permit = bounds.connections.try_acquire();
+        let room = || bounds.makes_room.then(|| places.take_one()).flatten();
+        if let Some(permit) = permit.or_else(room) {
+            let place = places.enter(permit);
+            let connection = serve_connection(stream, Arc::clone(&respond), Arc::clone(&place));
+            let connection = tokio::time::timeout(bounds.life_max, connection);
+            let (stop, places) = (stop.clone(), Arc::clone(&places));
             tasks.spawn(async move {
-                let connection = tokio::time::timeout(life_max, connection);
-                if let Some(Err(_)) = stop.run_until_cancelled(connection).await {
-                    debug!("connection cut at the end of its longest life");
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = place.taken.cancelled() => debug!("connection made room for another"),
+                    ended = connection => if ended.is_err() {
+                        debug!("connection cut at the end of its longest life");
+                    }
                 }
-                drop(permit);
+                places.leave(&place);
             });
         }
     }
@@ -96,15 +157,19 @@ pub(crate) async fn serve(
     tasks.wait().await;
 }
 
-async fn serve_connection(stream: TcpStream, respond: Arc<dyn Respond>) {
+async fn serve_connection(stream: TcpStream, respond: Arc<dyn Respond>, place: Arc<Place>) {
     let service = service_fn(move |request: Request<Incoming>| {
         let (head, _body) = request.into_parts();
         let reply = respond.respond(&head);
+        let place = Arc::clone(&place);
+        place.answering.store(true, Ordering::Release);
         async move {
-            match reply {
+            let answer = match reply {
                 Reply::Now(answer) => Ok(answer),
                 Reply::Later(answer) => answer.await.ok_or(NoAnswer),
-            }
+            };
+            place.answering.store(false, Ordering::Release);
+            answer
         }
     });
     let connection = hyper::server::conn::http1::Builder::new()

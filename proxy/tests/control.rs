@@ -504,3 +504,28 @@ impl sidegate_mesh::Clock for PanickingClock {
         SystemClock.sleep_until(deadline)
     }
 }
+
+#[tokio::test]
+async fn strangers_that_ask_nothing_keep_no_question_away() {
+    let mesh = Mesh::new();
+    let few = format!("{PORTS}\nlimits: {{ healthConnectionsMax: 2 }}");
+    let sidecar = mesh.start(mesh.config("shop", "orders", &few)).unwrap();
+    let health = sidecar.addresses().health;
+    let mut strangers = Vec::new();
+    for _ in 0..5 {
+        strangers.push(TcpStream::connect(health).await.unwrap());
+    }
+    for _ in 0..3 {
+        assert_eq!(get(health, "/livez").await.status, 200);
+    }
+    let mut end = Vec::new();
+    let oldest = &mut strangers[0];
+    tokio::io::AsyncReadExt::read_to_end(oldest, &mut end)
+        .await
+        .unwrap();
+    assert!(end.is_empty(), "it made room");
+    let metrics = get(health, "/metrics").await;
+    let counted = "sidegate_limit_refusals_total{limit=\"health_connections\"}";
+    assert!(metrics.body.contains(counted), "{metrics:?}");
+    assert!(sidecar.shared().limits.health_connections.in_use() <= 2);
+}

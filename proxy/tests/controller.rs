@@ -34,6 +34,7 @@ use sidegate_api::control::watch_request::Message;
 use sidegate_mtls::{Acceptor, SystemClock};
 use sidegate_proxy::destinations::{Destination, DestinationUnknown, Destinations};
 use sidegate_proxy::sidecar::Sidecar;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -555,4 +556,124 @@ async fn a_destination_that_is_not_called_any_more_is_unsubscribed_from() {
     };
     assert_eq!(unsubscribe.destination, "10.96.0.7:80");
     assert!(destinations.current(at("10.96.0.7:80")).is_none());
+}
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+/// An application that answers each connection with this status line.
+async fn application(status: &'static str) -> (SocketAddr, tokio::task::JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = [0; 1024];
+            let read = stream.read(&mut head).await.unwrap_or(0);
+            assert!(!String::from_utf8_lossy(&head[..read]).contains("secret"));
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 4\r\n\r\nbody");
+            stream
+                .write_all(answer.as_bytes())
+                .await
+                .unwrap_or_default();
+        }
+    });
+    (address, tasks)
+}
+
+#[tokio::test]
+async fn probes_and_hooks_are_answered_before_the_sidecar_is_ready() {
+    let (good, _good) = application("200 OK").await;
+    let (bad, _bad) = application("500 Internal Server Error").await;
+    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let nobody = closed.local_addr().unwrap().port();
+    drop(closed);
+    let more = format!(
+        "probes:
+  secret: {SECRET}
+  entries:
+    app/liveness: {{ http: {{ port: {}, path: /healthz }} }}
+    app/readiness: {{ http: {{ port: {}, path: /healthz }}, timeout: 1m }}
+    app/startup: {{ tcp: {{ port: {} }}, timeout: 1m }}
+    app/post-start: {{ http: {{ port: {} }} }}
+    app/pre-stop: {{ tcp: {{ port: {nobody} }} }}
+",
+        good.port(),
+        bad.port(),
+        good.port(),
+        bad.port(),
+    );
+    let pod = Pod::start(&more.replace("/healthz } }", "/healthz }, timeout: 1m }")).await;
+    let health = pod.sidecar.addresses().health;
+    let ask = async |entry: &str, secret: &str| {
+        let request = format!(
+            "GET /probe/{entry} HTTP/1.1\r\nhost: pod\r\nconnection: close\r\n\
+             sidegate-probe-secret: {secret}\r\nx-secret: mine\r\n\r\n"
+        );
+        mesh::exchange(health, &request).await
+    };
+    for (entry, status) in [
+        ("app/liveness", 200),
+        ("app/readiness", 503),
+        ("app/startup", 200),
+        ("app/post-start", 200),
+        ("app/unknown", 404),
+    ] {
+        let answer = ask(entry, SECRET).await;
+        assert_eq!(
+            (answer.status, answer.body.as_str()),
+            (status, ""),
+            "{entry}"
+        );
+    }
+    let hook = ask("app/pre-stop", SECRET).await;
+    assert_eq!(
+        hook.head, "",
+        "the kubelet takes any answer of a hook for a success"
+    );
+    assert_eq!(ask("app/liveness", "wrong").await.status, 403);
+    let admin = pod.sidecar.addresses().admin;
+    let shown = get(admin, "/config").await.body;
+    assert!(
+        shown.contains("app/liveness") && !shown.contains(SECRET),
+        "{shown}"
+    );
+}
+
+#[tokio::test]
+async fn what_is_said_of_certificates_is_under_both_names_and_destinations_have_a_page() {
+    let (pod, _session) = Pod::ready("", vec![]).await;
+    let admin = pod.sidecar.addresses().admin;
+    let certificates = get(admin, "/certificates").await.json();
+    let id = "spiffe://mesh.local/ns/shop/sa/orders";
+    assert_eq!(certificates["certificate"]["id"], id);
+    assert_eq!(get(admin, "/certs").await.json()["certificate"]["id"], id);
+    let page = get(admin, "/destinations").await.json();
+    assert_eq!(page["destinations"], json!([]));
+    assert_eq!(get(admin, "/denials").await.json(), json!([]));
+}
+
+#[tokio::test]
+async fn redirected_calls_of_both_families_have_a_listener() {
+    let mesh = Mesh::new();
+    let config = mesh.cluster_config("127.0.0.1:1".parse().unwrap(), "");
+    let sidecar = mesh.start(config).unwrap();
+    let port = sidecar.addresses().outbound.port();
+    for loopback in ["127.0.0.1", "::1"] {
+        // Where the machine has no IPv6, none is needed.
+        if std::net::TcpListener::bind((loopback, 0)).is_err() {
+            continue;
+        }
+        let connected = tokio::net::TcpStream::connect((loopback, port)).await;
+        assert!(connected.is_ok(), "{loopback}");
+    }
+    let mut config = mesh.cluster_config("127.0.0.1:1".parse().unwrap(), "");
+    config.health.address = "[::]:0".parse().unwrap();
+    let sidecar = mesh.start(config).unwrap();
+    let health = SocketAddr::from(([127, 0, 0, 1], sidecar.addresses().health.port()));
+    assert_eq!(
+        get(health, "/livez").await.status,
+        200,
+        "any of IPv6 is any of IPv4 too"
+    );
 }

@@ -191,6 +191,36 @@ fn version_is_printed_in_each_form() {
 }
 
 #[test]
+fn without_a_file_the_environment_says_it() {
+    const CONFIG: &str = "
+workload: { namespace: shop, serviceAccount: orders }
+ca: { root: /root.pem, tokenFile: /token }
+controller: { address: 'controller:19012' }
+destination: original
+";
+    let run = |pod: &[(&str, &str)], config: &str, arguments: &[&str]| {
+        let mut program = Command::new(PROGRAM);
+        program.env("SIDEGATE_CONFIG", config).args(arguments);
+        program.envs(pod.iter().copied()).output().unwrap()
+    };
+    let pod = [
+        ("POD_NAME", "orders-1"),
+        ("POD_UID", "6f1c"),
+        ("POD_IPS", "10.245.1.4"),
+    ];
+    let printed = run(&pod, CONFIG, &["--print-config"]);
+    check(&printed, 0, "10.245.1.4");
+    check(&printed, 0, "controller:19012");
+    check(&run(&[], CONFIG, &[]), 2, "POD_NAME is not set");
+    let wrong = CONFIG.replace("destination", "destinatoin");
+    check(
+        &run(&pod, &wrong, &[]),
+        2,
+        "SIDEGATE_CONFIG:5:1: unknown field",
+    );
+}
+
+#[test]
 fn waiting_for_nobody_ends_with_1() {
     let url = format!("http://{}/readyz", free());
     let output = run(&["wait", "--timeout", "200ms", "--url", &url]);

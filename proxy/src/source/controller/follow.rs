@@ -73,7 +73,6 @@ impl ControllerSource {
         peer: &Peer,
     ) -> Ended {
         self.shared.metrics.controller_connected.set(1);
-        self.said.clear();
         let clock = Arc::clone(&self.shared.clock);
         let begun = clock.now();
         let mut epochs = self.shared.credentials.subscribe();
@@ -219,6 +218,8 @@ impl ControllerSource {
         let kept = self.known.held.keep_traffic(&before);
         self.known.unconfirmed = kept.into_iter().collect();
         self.known.facts = staged.facts;
+        self.said.clear();
+        info!("the controller has said all that concerns this workload");
         changes.touched = self.known.held.names().cloned().collect();
         changes
             .touched
