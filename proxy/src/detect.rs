@@ -72,13 +72,11 @@ pub async fn protocol_of<IO>(
 where
     IO: AsyncRead + Unpin,
 {
-    match classify(io.prefix()) {
-        Some(detected) => Ok((detected, io)),
-        None => {
-            let (bytes, io) = io.into_parts();
-            read_on(BytesMut::from(bytes), io, clock, timeout).await
-        }
+    if let Some(detected) = classify(io.prefix()) {
+        return Ok((detected, io));
     }
+    let (bytes, io) = io.into_parts();
+    read_on(BytesMut::from(bytes), io, clock, timeout).await
 }
 
 async fn read_on<IO>(

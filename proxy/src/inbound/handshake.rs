@@ -165,10 +165,9 @@ pub(super) async fn look(
         }
     }
     match spoken {
-        Detected::Closed => None,
         Detected::Silent if door.opaque => Some(Accepted::Silent(io, door)),
         // A port scan or a TCP health check: nobody tried anything.
-        Detected::Silent => None,
+        Detected::Silent | Detected::Closed => None,
         _ => Some(Accepted::Plain(Plain {
             io,
             spoken,

@@ -11,7 +11,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sidegate_mesh::Clock;
 use sidegate_mesh::access_log::Protocol;
 
 use super::handshake::{Door, Plain};
@@ -147,12 +146,11 @@ async fn carry(
     call.forwarded();
     let counters = call.counters();
     let carried = async {
-        let (upstream, _permit) = match upstream {
-            Some(upstream) => upstream,
-            None => {
-                let (io, permit) = inbound.application.connect(target.address).await?;
-                (Prefixed::new(Bytes::new(), io), permit)
-            }
+        let (upstream, _permit) = if let Some(upstream) = upstream {
+            upstream
+        } else {
+            let (io, permit) = inbound.application.connect(target.address).await?;
+            (Prefixed::new(Bytes::new(), io), permit)
         };
         let idle = TunnelIdle {
             limit: shared.config.limits.stream_idle_timeout,
