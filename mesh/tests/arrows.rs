@@ -67,6 +67,7 @@ const OUT_OF_REACH: &[(&str, &[&str])] = &[
         "sidegate-mesh",
         &["tokio", "hyper", "rustls", "kube", "mio", "socket2"],
     ),
+    ("sidegate-mtls", &["kube", "k8s-openapi"]),
     ("sidegate-proxy", &["kube", "k8s-openapi", "sidegate-ca"]),
     ("sidegate-ca", &["sidegate-proxy"]),
     ("sidegate-controller", &["sidegate-proxy", "sidegate-ca"]),

@@ -21,7 +21,7 @@ use kube::api::PostParams;
 use kube::{Api, Client};
 use sidegate_mesh::clock::Clock;
 use sidegate_mesh::spiffe::{SpiffeId, TrustDomain};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::Code;
 
 use crate::config::{Kubernetes, Limits};
@@ -322,12 +322,7 @@ impl Attestor {
         token::check(token, &self.settings.token_audience, now)?;
         let admitted = lock(&self.addresses).take(&address, now);
         admitted.map_err(|wait| Unattested::AddressLimit { address, wait })?;
-        let _waiting = self
-            .waiting
-            .try_acquire()
-            .map_err(|_full| Unattested::Busy)?;
-        let permit = self.reviews.acquire().await;
-        let _permit = permit.map_err(|_closed| Unattested::Busy)?;
+        let _permit = self.turn().await?;
         let reviewed = self.review(token).await?;
         let admitted = lock(&self.pods).take(&reviewed.pod_uid, now);
         admitted.map_err(|wait| Unattested::PodLimit {
@@ -353,6 +348,16 @@ impl Attestor {
             lineage: None,
             key: None,
         })
+    }
+
+    /// Waits for a review to become free, unless too many wait already.
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Unattested> {
+        let _waiting = self
+            .waiting
+            .try_acquire()
+            .map_err(|_full| Unattested::Busy)?;
+        let turn = self.reviews.acquire().await;
+        turn.map_err(|_closed| Unattested::Busy)
     }
 
     async fn review(&self, token: &str) -> Result<Reviewed, Unattested> {

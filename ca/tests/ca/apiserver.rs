@@ -22,6 +22,8 @@ type Answer = Response<BoxBody<Bytes, Infallible>>;
 pub(crate) struct ApiServer {
     state: Arc<Mutex<State>>,
     changed: watch::Sender<u64>,
+    /// Answers nobody while it says so.
+    stalled: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -42,6 +44,7 @@ impl ApiServer {
         Self {
             state: Arc::default(),
             changed: watch::Sender::new(0),
+            stalled: watch::Sender::new(false),
         }
     }
 
@@ -84,6 +87,11 @@ impl ApiServer {
         self.state().down = down;
     }
 
+    /// Whether every question waits for its answer.
+    pub(crate) fn set_stalled(&self, stalled: bool) {
+        self.stalled.send_replace(stalled);
+    }
+
     /// Requests so far whose method and path begin like this.
     pub(crate) fn requests(&self, prefix: &str) -> usize {
         let state = self.state();
@@ -108,6 +116,9 @@ impl ApiServer {
                 return Err(std::io::Error::other("down"));
             }
         }
+        let mut stalled = self.stalled.subscribe();
+        let goes_on = stalled.wait_for(|stalled| !stalled).await;
+        goes_on.map_err(std::io::Error::other)?;
         let accept = head.headers.get(http::header::ACCEPT);
         let only_metadata =
             accept.is_some_and(|accept| accept.to_str().unwrap().contains("PartialObjectMetadata"));

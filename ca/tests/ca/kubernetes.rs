@@ -98,8 +98,9 @@ impl Cluster {
         token: &str,
         csr: &[u8],
     ) -> Result<Vec<CertificateDer<'static>>, IssueError> {
-        let path = self.folder.path().join("token");
-        std::fs::write(&path, token).unwrap();
+        let file = tempfile::NamedTempFile::new_in(self.folder.path()).unwrap();
+        std::fs::write(file.path(), token).unwrap();
+        let path = file.path().to_owned();
         let request = IssueRequest {
             csr: csr.to_vec(),
             current: None,
@@ -409,6 +410,33 @@ async fn a_pod_and_an_address_have_limits_of_their_own() {
     let sixth = cluster.ask(&ca, &second, &Key::new().csr).await;
     check_refused(sixth, "RESOURCE_EXHAUSTED", "from 127.0.0.1; try again");
     assert_eq!(cluster.api.requests(REVIEWS), reviewed, "before any review");
+}
+
+#[tokio::test]
+async fn as_many_tokens_are_reviewed_and_wait_as_may() {
+    let few = |config: &mut Config| {
+        config.limits.reviews_max = 1;
+        config.limits.reviews_waiting_max = 1;
+    };
+    let cluster = Cluster::with(few);
+    let ca = cluster.start("a").await;
+    let token = cluster.pod("shop", "web", "web-1");
+    cluster.api.set_stalled(true);
+    let is_busy = async || {
+        let key = Key::new();
+        let asked = cluster.ask(&ca, &token, &key.csr);
+        let asked = tokio::time::timeout(Duration::from_secs(1), asked).await;
+        matches!(asked, Ok(Err(error)) if error.to_string().contains("being reviewed"))
+    };
+    // One is reviewed, one waits, and one is sent away.
+    until("one of three is sent away", || async {
+        let asked = tokio::join!(is_busy(), is_busy(), is_busy());
+        asked.0 || asked.1 || asked.2
+    })
+    .await;
+    cluster.api.set_stalled(false);
+    cluster.issue(&ca, &token).await;
+    assert!(metrics(&ca).await.contains("reason=\"reviews_max\""));
 }
 
 #[tokio::test]
