@@ -1,5 +1,6 @@
 //! The CA in a cluster: replicas that share a Secret, pods that prove who they are, and the bundle.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -308,11 +309,18 @@ async fn metrics(ca: &RunningCa) -> String {
     page(ca, "/metrics").await
 }
 
+/// As [`metrics`], without holding on to the CA.
+fn metrics_of(ca: &RunningCa) -> impl Future<Output = String> + use<> {
+    page_at(ca.metrics_address(), "/metrics")
+}
+
 async fn page(ca: &RunningCa, path: &str) -> String {
+    page_at(ca.metrics_address(), path.to_owned()).await
+}
+
+async fn page_at(address: SocketAddr, path: impl std::fmt::Display) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::TcpStream::connect(ca.metrics_address())
-        .await
-        .unwrap();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: ca\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut text = String::new();
@@ -718,6 +726,38 @@ async fn a_revocation_is_in_effect_through_every_replica_and_after_a_restart() {
         .unwrap();
     let token = cluster.pod("shop", "web", "web-1");
     cluster.issue(&fresh, &token).await;
+}
+
+#[tokio::test]
+async fn a_secret_restored_from_a_backup_is_published_under_a_higher_number() {
+    let cluster = Cluster::new();
+    let (a, b) = (cluster.start("a").await, cluster.start("b").await);
+    let backup = cluster.api.get(SECRET).unwrap();
+    cluster.clock.advance(Duration::from_secs(10));
+    let id = workload("web");
+    let sequence = a.issuer().revoke_identity(id.as_str()).await.unwrap();
+    let shows = |ca: &RunningCa, what: String| {
+        let page = metrics_of(ca);
+        async move { page.await.contains(&what) }
+    };
+    let now = format!("sidegate_ca_bundle_sequence {sequence}");
+    cluster.until("b has it", || shows(&b, now.clone())).await;
+    cluster.api.put(SECRET, backup);
+    // What was revoked since is not any more, and every sidecar hears of it.
+    cluster
+        .until("nothing is revoked in either", || async {
+            let none = || "sidegate_ca_revocations 0".to_owned();
+            shows(&a, none()).await && shows(&b, none()).await
+        })
+        .await;
+    let text = metrics(&a).await;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("sidegate_ca_bundle_sequence "));
+    let published: u64 = line.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(published > sequence, "{published} after {sequence}");
+    let token = cluster.pod("shop", "web", "web-1");
+    cluster.issue(&a, &token).await;
 }
 
 #[tokio::test]
