@@ -7,6 +7,7 @@
 pub(crate) mod fake;
 pub(crate) mod forward;
 pub(crate) mod log;
+mod proxy;
 pub(crate) mod sidecars;
 
 use std::io;
@@ -95,6 +96,7 @@ impl Cluster {
     pub(crate) async fn connect(arguments: &ClusterArgs) -> anyhow::Result<Self> {
         let (mut config, name) = read_config(arguments).await?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
+        proxy::spare(&mut config, &name)?;
         let namespace = config.default_namespace.clone();
         let client = Client::try_from(config)
             .with_context(|| format!("the kubeconfig's cluster {name} cannot be used"))?;

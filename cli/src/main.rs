@@ -21,6 +21,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use plugin::Called;
+use tracing_subscriber::EnvFilter;
 
 /// A zero-trust sidecar mesh: identity, policy and a log of every call.
 #[derive(Parser)]
@@ -113,8 +114,10 @@ fn install_diagnostics(verbose: u8) {
         1 => tracing::Level::INFO,
         _ => tracing::Level::DEBUG,
     };
+    // What fails on the way to a cluster is said once, as the command's own error.
+    let quiet = if verbose < 2 { ",kube_client=off" } else { "" };
     tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_env_filter(EnvFilter::new(format!("{level}{quiet}")))
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
         .with_writer(io::stderr)
         .init();

@@ -21,7 +21,7 @@ use sidegate_mesh::access_log::{Line, escape};
 use time::OffsetDateTime;
 
 use crate::kube::ClusterArgs;
-use crate::logs::filter::Filter;
+use crate::logs::filter::{Filter, is_of};
 use crate::logs::show::{called, caller};
 use crate::logs::source::Folder;
 use crate::output::{Format, print_table};
@@ -265,7 +265,9 @@ impl View {
         };
         match &mut self.source {
             Source::Folder(folder, filter) => folder.read(false, |raw| {
-                sample_of(&raw.text, filter).into_iter().for_each(&mut add);
+                sample_of(&raw.text, filter, None)
+                    .into_iter()
+                    .for_each(&mut add);
             })?,
             Source::Cluster(followed) => followed.take()?.into_iter().for_each(&mut add),
         }
@@ -299,9 +301,11 @@ impl View {
     }
 }
 
-fn sample_of(text: &str, filter: &Filter) -> Option<Sample> {
+/// The call of a line, if it counts; of a sidecar's line only when it is about `workload`.
+fn sample_of(text: &str, filter: &Filter, workload: Option<&str>) -> Option<Sample> {
     let line = Line::parse(text).ok()?;
-    let counts = line.is_access() && filter.admits(&line);
+    let is_own = workload.is_none_or(|workload| is_of(&line, workload));
+    let counts = is_own && line.is_access() && filter.admits(&line);
     counts.then(|| sample(&line))?
 }
 

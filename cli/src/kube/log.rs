@@ -56,6 +56,8 @@ pub(crate) enum Event {
 pub(crate) struct Line {
     /// The line; its file is `namespace/pod`.
     pub(crate) raw: Raw,
+    /// Whose sidecar it is: `namespace/service-account`.
+    pub(crate) workload: Arc<str>,
     /// When it was written, by the node's clock.
     pub(crate) written: Option<OffsetDateTime>,
 }
@@ -285,6 +287,7 @@ impl Logs {
     ) -> Result<(), Failure> {
         let mut body = self.open(sidecar, parameters).await.map_err(Failure::Api)?;
         let name: Arc<str> = sidecar.name().into();
+        let workload: Arc<str> = sidecar.workload().into();
         let mut splitter = Splitter::default();
         let given = place.last;
         loop {
@@ -302,7 +305,13 @@ impl Logs {
                     number: place.number,
                     text,
                 };
-                let sent = lines.send(Event::Line(Line { raw, written })).await;
+                let sent = lines
+                    .send(Event::Line(Line {
+                        raw,
+                        workload: Arc::clone(&workload),
+                        written,
+                    }))
+                    .await;
                 sent.map_err(|_nobody| Failure::Unwanted)?;
             }
             if splitter.finished {

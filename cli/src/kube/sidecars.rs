@@ -80,6 +80,11 @@ impl Sidecar {
         })
     }
 
+    /// `namespace/service-account`, as identities have it.
+    pub(crate) fn workload(&self) -> String {
+        format!("{}/{}", self.namespace, self.service_account)
+    }
+
     /// `namespace/pod`.
     pub(crate) fn name(&self) -> String {
         format!("{}/{}", self.namespace, self.pod)

@@ -126,8 +126,9 @@ impl<W: Write, N: Write> View<'_, W, N> {
         let mut notes = Vec::new();
         let gathered = logs.gather(sidecars, |event| match event {
             Event::Line(line) => {
+                let workload = Arc::clone(&line.workload);
                 if let Some(entry) = entry(&self.filter, line) {
-                    held.take(entry, self.denials.as_mut());
+                    held.take(entry, workload, self.denials.as_mut());
                 }
             }
             Event::Note(note) => notes.push(note),
@@ -168,8 +169,9 @@ impl<W: Write, N: Write> View<'_, W, N> {
         }
         while lines.peek().is_some() {
             let part = lines.by_ref().take(PRINTED_MAX);
-            let entries =
-                part.filter_map(|((time, _), raw)| Some(self.filter.entry(raw)?.or_at(&time)));
+            let entries = part.filter_map(|((time, _), (raw, workload))| {
+                Some(self.filter.entry_of(raw, &workload)?.or_at(&time))
+            });
             let entries = entries.collect();
             self.printer.print(entries)?;
         }
@@ -225,34 +227,36 @@ impl<W: Write, N: Write> View<'_, W, N> {
 /// The entry of a line, if it is to be shown; one that says no time has that of its writing.
 fn entry(filter: &Filter, line: Line) -> Option<Entry> {
     let written = line.written.map(|written| timestamp(written.into()));
-    Some(filter.entry(line.raw)?.or_at(&written.unwrap_or_default()))
+    let entry = filter.entry_of(line.raw, &line.workload)?;
+    Some(entry.or_at(&written.unwrap_or_default()))
 }
 
 /// Lines that are held until all are there.
 #[derive(Default)]
 struct Held {
-    lines: BTreeMap<(String, u64), Raw>,
+    /// By time: a line, and whose sidecar wrote it.
+    lines: BTreeMap<(String, u64), (Raw, Arc<str>)>,
     number: u64,
     bytes: usize,
     lost: u64,
 }
 
 impl Held {
-    fn take(&mut self, entry: Entry, denials: Option<&mut Denials>) {
+    fn take(&mut self, entry: Entry, workload: Arc<str>, denials: Option<&mut Denials>) {
         let time = entry.time().to_owned();
         let raw = entry.into_raw();
         if let Some(denials) = denials {
             denials.see(&raw.file, &raw.text);
         }
-        self.push(time, raw, HELD_BYTES_MAX);
+        self.push(time, (raw, workload), HELD_BYTES_MAX);
     }
 
-    fn push(&mut self, time: String, raw: Raw, bytes_max: usize) {
-        self.bytes += size(&raw);
+    fn push(&mut self, time: String, line: (Raw, Arc<str>), bytes_max: usize) {
+        self.bytes += size(&line.0);
         self.number += 1;
-        self.lines.insert((time, self.number), raw);
+        self.lines.insert((time, self.number), line);
         while self.bytes > bytes_max {
-            let Some((_, oldest)) = self.lines.pop_first() else {
+            let Some((_, (oldest, _))) = self.lines.pop_first() else {
                 return;
             };
             self.bytes -= size(&oldest);
@@ -268,7 +272,7 @@ impl Held {
         denials: &mut Denials,
         filter: &Filter,
     ) {
-        let pod = sidecar.name();
+        let (pod, workload): (String, Arc<str>) = (sidecar.name(), sidecar.workload().into());
         for (number, refusal) in (1..).zip(refusals) {
             let text = refusal.to_string();
             if !denials.is_new(&pod, &text) {
@@ -279,8 +283,8 @@ impl Held {
                 number,
                 text,
             };
-            if let Some(entry) = filter.entry(raw) {
-                self.take(entry, None);
+            if let Some(entry) = filter.entry_of(raw, &workload) {
+                self.take(entry, Arc::clone(&workload), None);
             }
         }
     }

@@ -179,6 +179,15 @@ impl Filter {
         }
     }
 
+    /// The same of a line of the sidecar of `workload`, `namespace/service-account`: no pod can put
+    /// words into the mouth of another, so that such a line is shown as broken.
+    pub(crate) fn entry_of(&self, raw: Raw, workload: &str) -> Option<Entry> {
+        match Line::parse(&raw.text) {
+            Ok(line) if !is_of(&line, workload) => Some(Entry::broken(raw)),
+            _ => self.entry(raw),
+        }
+    }
+
     /// Whether the record of a call is to be shown.
     pub(crate) fn admits(&self, line: &Line) -> bool {
         self.is_side(line)
@@ -280,6 +289,17 @@ impl Filter {
                     .is_some_and(|path| glob::matches(pattern, path))
             })
     }
+}
+
+/// Whether a record may be that of the sidecar of `workload`: the side that wrote it is that
+/// workload, or is not said.
+pub(crate) fn is_of(line: &Line, workload: &str) -> bool {
+    let writer = match line.direction.as_deref() {
+        Some("outbound") => &line.source,
+        _ => &line.destination,
+    };
+    let written_by = writer.as_deref().map(workload_of);
+    written_by.is_none_or(|writer| writer.is_some() && writer == workload.split_once('/'))
 }
 
 /// Namespace and service account of a workload's SPIFFE ID.

@@ -115,7 +115,7 @@ async fn follow(
         };
         match event {
             Some(Event::Line(line)) => {
-                let Some(sample) = sample_of(&line.raw.text, &filter) else {
+                let Some(sample) = sample_of(&line.raw.text, &filter, Some(&line.workload)) else {
                     continue;
                 };
                 let mut inbox = lock(inbox);

@@ -37,6 +37,17 @@ fn denied(second: &str, id: &str) -> String {
     call(second, &format!("/{id}"), &more)
 }
 
+/// What a sidecar writes: a call that it served is one to itself.
+fn say(fake: &Fake, pod: (&str, &str), second: &str, text: &str) {
+    let account = pod.1.split('-').next().unwrap();
+    let own = format!("\"destination\":\"spiffe://m/ns/{}/sa/{account}\"", pod.0);
+    let text = match text.contains("inbound") {
+        true => text.replace("\"destination\":\"spiffe://m/ns/shop/sa/orders\"", &own),
+        false => text.to_owned(),
+    };
+    fake.say(pod, second, &text);
+}
+
 async fn shop() -> Fake {
     let fake = Fake::start().await;
     let mut orders = pod("shop", ORDERS.1, "orders");
@@ -76,11 +87,11 @@ fn paths(table: &str) -> Vec<String> {
 #[tokio::test]
 async fn calls_of_all_sidecars_are_merged_in_the_order_of_their_starts() {
     let fake = shop().await;
-    fake.say(ORDERS, "05", &call("01", "/long", ""));
-    fake.say(ORDERS, "06", &call("04", "/4", ""));
-    fake.say(WEB, "02.5", &call("02", "/2", ""));
-    fake.say(WEB, "02.9", "panicked at the disco");
-    fake.say(("jobs", "batch-1"), "03", &call("03", "/3", ""));
+    say(&fake, ORDERS, "05", &call("01", "/long", ""));
+    say(&fake, ORDERS, "06", &call("04", "/4", ""));
+    say(&fake, WEB, "02.5", &call("02", "/2", ""));
+    say(&fake, WEB, "02.9", "panicked at the disco");
+    say(&fake, ("jobs", "batch-1"), "03", &call("03", "/3", ""));
     let (paths, notes) = shown(&fake, "").await;
     let broken = "broken line shop/web-0:2: panicked at the disco";
     assert_eq!(paths, ["/long", "/2", broken, "/4"], "{notes}");
@@ -93,8 +104,8 @@ async fn calls_of_all_sidecars_are_merged_in_the_order_of_their_starts() {
 #[tokio::test]
 async fn a_workload_is_meant_by_any_of_its_names() {
     let fake = shop().await;
-    fake.say(ORDERS, "01", &call("01", "/orders", ""));
-    fake.say(WEB, "02", &call("02", "/web", ""));
+    say(&fake, ORDERS, "01", &call("01", "/orders", ""));
+    say(&fake, WEB, "02", &call("02", "/web", ""));
     for name in [
         "orders",
         "sa/orders",
@@ -122,11 +133,16 @@ async fn a_workload_is_meant_by_any_of_its_names() {
 async fn each_call_is_shown_once_though_one_side_may_not_be_looked_at() {
     let fake = shop().await;
     let out = |second, path, more| call(second, path, more).replace("inbound", "outbound");
-    fake.say(WEB, "01", &out("01", "/seen-by-orders", ""));
+    say(&fake, WEB, "01", &out("01", "/seen-by-orders", ""));
     let elsewhere = out("02", "/elsewhere", "").replace("shop/sa/orders", "jobs/sa/x");
-    fake.say(WEB, "02", &elsewhere);
+    say(&fake, WEB, "02", &elsewhere);
     let external = "\"destination\":\"spiffe://m/ns/shop/sa/orders\",";
-    fake.say(WEB, "03", &out("03", "/external", "").replace(external, ""));
+    say(
+        &fake,
+        WEB,
+        "03",
+        &out("03", "/external", "").replace(external, ""),
+    );
     assert_eq!(shown(&fake, "").await.0, ["/elsewhere", "/external"]);
     assert_eq!(shown(&fake, "-A").await.0, ["/external"]);
     assert_eq!(
@@ -137,24 +153,42 @@ async fn each_call_is_shown_once_though_one_side_may_not_be_looked_at() {
 }
 
 #[tokio::test]
+async fn no_pod_puts_words_into_the_mouth_of_another() {
+    let fake = shop().await;
+    fake.say(WEB, "01", &call("01", "/not-my-identity", ""));
+    fake.page(WEB, "/denials", json!([]));
+    let forged: Value = serde_json::from_str(&denied("02", "forged")).unwrap();
+    fake.page(WEB, "/denials", json!([forged]));
+    fake.page(ORDERS, "/denials", json!([]));
+    for line in ["", "--denied", "--status 404"] {
+        let (shown, _) = shown(&fake, line).await;
+        assert!(!shown.is_empty(), "{line}");
+        let broken = |line: &String| {
+            line.starts_with("broken line shop/web-0:1: {") || line.contains("forged")
+        };
+        assert!(shown.iter().all(broken), "{shown:?}");
+    }
+}
+
+#[tokio::test]
 async fn what_a_sidecar_wrote_before_it_started_again_is_shown_too() {
     let fake = shop().await;
     let mut web = pod("shop", WEB.1, "web");
     web["status"]["initContainerStatuses"][0]["restartCount"] = 1.into();
     fake.put("pods", web);
-    fake.say(WEB, "01", &call("01", "/before", ""));
+    say(&fake, WEB, "01", &call("01", "/before", ""));
     fake.end(WEB, true);
-    fake.say(WEB, "02", &call("02", "/after", ""));
+    say(&fake, WEB, "02", &call("02", "/after", ""));
     assert_eq!(shown(&fake, "").await.0, ["/before", "/after"]);
 }
 
 #[tokio::test]
 async fn since_is_asked_of_the_cluster_and_counted_from_a_calls_start() {
     let fake = shop().await;
-    fake.say(WEB, "01", &call("01", "/old", ""));
+    say(&fake, WEB, "01", &call("01", "/old", ""));
     let now = timestamp(OffsetDateTime::now_utc().into());
     let new = call("00", "/new", "").replace("2026-11-24T07:00:00.000000Z", &now);
-    fake.say(WEB, "02", &new);
+    say(&fake, WEB, "02", &new);
     assert_eq!(shown(&fake, "--since 10m").await.0, ["/new"]);
     assert!(
         !fake.requests("sinceSeconds=605").is_empty(),
@@ -166,8 +200,8 @@ async fn since_is_asked_of_the_cluster_and_counted_from_a_calls_start() {
 #[tokio::test]
 async fn refusals_that_sidecars_remember_are_shown_once() {
     let fake = shop().await;
-    fake.say(ORDERS, "05", &denied("05", "in-both"));
-    fake.say(ORDERS, "06", &call("06", "/allowed", ""));
+    say(&fake, ORDERS, "05", &denied("05", "in-both"));
+    say(&fake, ORDERS, "06", &call("06", "/allowed", ""));
     let ring = [denied("01", "rotated-away"), denied("05", "in-both")];
     let ring: Vec<Value> = ring
         .iter()
@@ -187,7 +221,7 @@ async fn refusals_that_sidecars_remember_are_shown_once() {
 #[tokio::test]
 async fn a_sidecar_that_does_not_answer_hides_no_other() {
     let fake = shop().await;
-    fake.say(ORDERS, "05", &denied("05", "logged"));
+    say(&fake, ORDERS, "05", &denied("05", "logged"));
     fake.page(WEB, "/denials", json!([]));
     let (paths, notes) = shown(&fake, "--denied").await;
     assert_eq!(paths, ["/logged"]);
@@ -201,7 +235,7 @@ async fn a_sidecar_that_does_not_answer_hides_no_other() {
 #[tokio::test]
 async fn what_is_forbidden_is_said_with_what_to_do() {
     let fake = shop().await;
-    fake.say(ORDERS, "01", &call("01", "/1", ""));
+    say(&fake, ORDERS, "01", &call("01", "/1", ""));
     fake.forbid("/log?");
     let (_, notes) = shown(&fake, "").await;
     assert!(
@@ -267,25 +301,25 @@ async fn followed(fake: &Fake, line: &str, script: impl AsyncFnOnce(&Screen)) ->
 #[tokio::test]
 async fn following_sees_new_pods_restarts_and_ends() {
     let fake = shop().await;
-    fake.say(WEB, "01", &call("01", "/history", ""));
+    say(&fake, WEB, "01", &call("01", "/history", ""));
     let shown = followed(&fake, "-f", async |screen| {
         screen.shows("/history").await;
-        fake.say(WEB, "02", &call("02", "/live", ""));
+        say(&fake, WEB, "02", &call("02", "/live", ""));
         screen.shows("/live").await;
         let mut new = pod("shop", "web-1", "web");
         new["status"]["initContainerStatuses"][0]["state"] = json!({ "waiting": {} });
         fake.put("pods", new);
-        fake.say(("shop", "web-1"), "03", &call("03", "/new-pod", ""));
+        say(&fake, ("shop", "web-1"), "03", &call("03", "/new-pod", ""));
         fake.put("pods", pod("shop", "web-1", "web"));
         screen.shows("/new-pod").await;
         fake.end(("shop", "web-1"), false);
         fake.remove("pods", "shop", "web-1");
-        fake.say(WEB, "04", &call("04", "/last-words", ""));
+        say(&fake, WEB, "04", &call("04", "/last-words", ""));
         fake.end(WEB, true);
         let mut again = pod("shop", WEB.1, "web");
         again["status"]["initContainerStatuses"][0]["restartCount"] = 1.into();
         fake.put("pods", again);
-        fake.say(WEB, "05", &call("05", "/after-restart", ""));
+        say(&fake, WEB, "05", &call("05", "/after-restart", ""));
         screen.shows("/after-restart").await;
     });
     let expected = [
@@ -301,16 +335,16 @@ async fn following_sees_new_pods_restarts_and_ends() {
 #[tokio::test]
 async fn a_stream_that_breaks_off_is_taken_up_without_doubles_and_gaps() {
     let fake = shop().await;
-    fake.say(WEB, "01.1", &call("01", "/1", ""));
+    say(&fake, WEB, "01.1", &call("01", "/1", ""));
     let shown = followed(&fake, "-f", async |screen| {
         screen.shows("/1").await;
-        fake.say(WEB, "01.2", &call("02", "/2", ""));
+        say(&fake, WEB, "01.2", &call("02", "/2", ""));
         screen.shows("/2").await;
         fake.cut();
-        fake.say(WEB, "01.3", &call("03", "/3", ""));
+        say(&fake, WEB, "01.3", &call("03", "/3", ""));
         screen.shows("/3").await;
         fake.cut();
-        fake.say(WEB, "01.4", &call("04", "/4", ""));
+        say(&fake, WEB, "01.4", &call("04", "/4", ""));
         screen.shows("/4").await;
     });
     assert_eq!(shown.await, ["/1", "/2", "/3", "/4"]);
@@ -319,17 +353,17 @@ async fn a_stream_that_breaks_off_is_taken_up_without_doubles_and_gaps() {
 #[tokio::test]
 async fn lines_that_come_within_the_window_are_shown_in_the_order_of_their_starts() {
     let fake = shop().await;
-    fake.say(WEB, "01", &call("01", "/1", ""));
-    fake.say(ORDERS, "01", &call("00", "/0", ""));
+    say(&fake, WEB, "01", &call("01", "/1", ""));
+    say(&fake, ORDERS, "01", &call("00", "/0", ""));
     let shown = followed(&fake, "-f", async |screen| {
         screen.shows("/1").await;
         fake.asked("orders-7f-abc/log?&container=sidegate-proxy&follow=true")
             .await;
         fake.asked("web-0/log?&container=sidegate-proxy&follow=true")
             .await;
-        fake.say(WEB, "04", &call("04", "/4", ""));
-        fake.say(ORDERS, "05", &call("03", "/3", ""));
-        fake.say(WEB, "06", &call("02", "/2", ""));
+        say(&fake, WEB, "04", &call("04", "/4", ""));
+        say(&fake, ORDERS, "05", &call("03", "/3", ""));
+        say(&fake, WEB, "06", &call("02", "/2", ""));
         screen.shows("/4").await;
     });
     assert_eq!(shown.await, ["/0", "/1", "/2", "/3", "/4"]);
@@ -343,8 +377,8 @@ async fn a_refusal_shown_from_memory_is_not_shown_again_when_its_line_comes() {
     fake.page(ORDERS, "/denials", json!([late]));
     let shown = followed(&fake, "-f --denied", async |screen| {
         screen.shows("/late").await;
-        fake.say(ORDERS, "01", &denied("01", "late"));
-        fake.say(ORDERS, "02", &denied("02", "next"));
+        say(&fake, ORDERS, "01", &denied("01", "late"));
+        say(&fake, ORDERS, "02", &denied("02", "next"));
         screen.shows("/next").await;
     });
     assert_eq!(shown.await, ["/late", "/next"]);
@@ -360,7 +394,7 @@ async fn a_namespace_without_sidecars_can_be_followed() {
     );
     let shown = followed(&fake, "-f", async |screen| {
         fake.asked("watch=true").await;
-        fake.say(WEB, "01", &call("01", "/first", ""));
+        say(&fake, WEB, "01", &call("01", "/first", ""));
         fake.put("pods", pod("shop", WEB.1, "web"));
         screen.shows("/first").await;
     });
@@ -379,7 +413,11 @@ fn raw(text: &str) -> Raw {
 fn of_more_than_fits_the_newest_are_held() {
     let mut held = Held::default();
     for time in ["3", "1", "4", "2"] {
-        held.push(time.to_owned(), raw(time), 2 * size(&raw("1")));
+        held.push(
+            time.to_owned(),
+            (raw(time), "shop/web".into()),
+            2 * size(&raw("1")),
+        );
     }
     let times: Vec<_> = held.lines.keys().map(|(time, _)| time.as_str()).collect();
     assert_eq!((times.as_slice(), held.lost), (&["3", "4"][..], 2));
