@@ -231,11 +231,13 @@ fn entry(filter: &Filter, line: Line) -> Option<Entry> {
     Some(entry.or_at(&written.unwrap_or_default()))
 }
 
-/// Lines that are held until all are there.
+/// A line, and whose sidecar wrote it.
+type OfSidecar = (Raw, Arc<str>);
+
+/// Lines that are held until all are there, by time.
 #[derive(Default)]
 struct Held {
-    /// By time: a line, and whose sidecar wrote it.
-    lines: BTreeMap<(String, u64), (Raw, Arc<str>)>,
+    lines: BTreeMap<(String, u64), OfSidecar>,
     number: u64,
     bytes: usize,
     lost: u64,
@@ -251,7 +253,7 @@ impl Held {
         self.push(time, (raw, workload), HELD_BYTES_MAX);
     }
 
-    fn push(&mut self, time: String, line: (Raw, Arc<str>), bytes_max: usize) {
+    fn push(&mut self, time: String, line: OfSidecar, bytes_max: usize) {
         self.bytes += size(&line.0);
         self.number += 1;
         self.lines.insert((time, self.number), line);

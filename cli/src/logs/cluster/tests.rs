@@ -41,9 +41,10 @@ fn denied(second: &str, id: &str) -> String {
 fn say(fake: &Fake, pod: (&str, &str), second: &str, text: &str) {
     let account = pod.1.split('-').next().unwrap();
     let own = format!("\"destination\":\"spiffe://m/ns/{}/sa/{account}\"", pod.0);
-    let text = match text.contains("inbound") {
-        true => text.replace("\"destination\":\"spiffe://m/ns/shop/sa/orders\"", &own),
-        false => text.to_owned(),
+    let text = if text.contains("inbound") {
+        text.replace("\"destination\":\"spiffe://m/ns/shop/sa/orders\"", &own)
+    } else {
+        text.to_owned()
     };
     fake.say(pod, second, &text);
 }
