@@ -3,6 +3,7 @@
 //! Invariant: none of its tasks ends by itself; one that does, by a panic too, is a failure of the
 //! sidecar, since a renewal or a policy change that silently stops is worse than a restart.
 
+use std::io;
 use std::net::TcpListener as StdListener;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,9 +27,12 @@ use crate::responder::{self, CONNECTION_LIFE_MAX};
 use crate::shared::Shared;
 use crate::source::controller::ControllerSource;
 use crate::source::folder::Folder;
-use crate::source::{AnySource, FolderSource};
+use crate::source::{AnySource, FolderSource, Report};
 use crate::worker::Addresses;
 
+/// The pause after a first failure to get a certificate: the application waits for it to start, and
+/// what the CA asks for may be a moment late.
+const ISSUE_PAUSE: Duration = Duration::from_millis(100);
 /// How often metrics follow what is counted elsewhere.
 const UPKEEP: Duration = Duration::from_secs(1);
 /// Into how many sweeps the idle time of a peer's series is divided.
@@ -50,7 +54,7 @@ pub(crate) enum ControlError {
     #[error(transparent)]
     Identity(#[from] IdentityError),
     #[error(transparent)]
-    Io(#[from] std::io::Error),
+    Io(#[from] io::Error),
 }
 
 impl Control {
@@ -118,42 +122,8 @@ impl Control {
         let expected = identity_tasks.len();
         let status = Arc::clone(identity.status());
         let source = self.source();
-        let admin = Admin {
-            shared: Arc::clone(&self.shared),
-            addresses: self.addresses.clone(),
-            report: source.report(),
-            identity: Arc::clone(&status),
-        };
-        let probes = Probes::new(&self.shared).map(Arc::new);
-        let health_life = probes.as_ref().map_or(CONNECTION_LIFE_MAX, |probes| {
-            CONNECTION_LIFE_MAX.max(probes.longest() + CONNECTION_LIFE_MAX)
-        });
-        let health = Health {
-            shared: Arc::clone(&self.shared),
-            registry: Arc::clone(&self.registry),
-            probes,
-        };
-        let limits = &self.shared.limits;
-        let admin = responder::serve(
-            TcpListener::from_std(self.admin.try_clone()?)?,
-            Arc::new(admin),
-            responder::Bounds {
-                connections: limits.admin_connections.clone(),
-                life_max: CONNECTION_LIFE_MAX,
-                makes_room: false,
-            },
-            stop.clone(),
-        );
-        let health = responder::serve(
-            TcpListener::from_std(self.health.try_clone()?)?,
-            Arc::new(health),
-            responder::Bounds {
-                connections: limits.health_connections.clone(),
-                life_max: health_life,
-                makes_room: true,
-            },
-            stop.clone(),
-        );
+        let admin = self.serve_admin(source.report(), &status, stop)?;
+        let health = self.serve_health(stop)?;
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             source.run().await;
@@ -175,6 +145,58 @@ impl Control {
         Ok(tasks)
     }
 
+    fn serve_admin(
+        &self,
+        report: Report,
+        identity: &Arc<IdentityStatus>,
+        stop: &CancellationToken,
+    ) -> io::Result<impl Future<Output = ()> + Send + use<>> {
+        let admin = Admin {
+            shared: Arc::clone(&self.shared),
+            addresses: self.addresses.clone(),
+            report,
+            identity: Arc::clone(identity),
+        };
+        let bounds = responder::Bounds {
+            connections: self.shared.limits.admin_connections.clone(),
+            life_max: CONNECTION_LIFE_MAX,
+            makes_room: false,
+        };
+        let listener = TcpListener::from_std(self.admin.try_clone()?)?;
+        Ok(responder::serve(
+            listener,
+            Arc::new(admin),
+            bounds,
+            stop.clone(),
+        ))
+    }
+
+    fn serve_health(
+        &self,
+        stop: &CancellationToken,
+    ) -> io::Result<impl Future<Output = ()> + Send + use<>> {
+        let probes = Probes::new(&self.shared).map(Arc::new);
+        // The longest hook, and the time that any other connection has.
+        let longest = probes.as_ref().map(|probes| probes.longest());
+        let bounds = responder::Bounds {
+            connections: self.shared.limits.health_connections.clone(),
+            life_max: longest.unwrap_or_default() + CONNECTION_LIFE_MAX,
+            makes_room: true,
+        };
+        let health = Health {
+            shared: Arc::clone(&self.shared),
+            registry: Arc::clone(&self.registry),
+            probes,
+        };
+        let listener = TcpListener::from_std(self.health.try_clone()?)?;
+        Ok(responder::serve(
+            listener,
+            Arc::new(health),
+            bounds,
+            stop.clone(),
+        ))
+    }
+
     fn identity_config(&self) -> IdentityConfig {
         let (config, workload) = (&self.shared.config, &self.shared.workload);
         IdentityConfig {
@@ -182,7 +204,10 @@ impl Control {
             trust_domain: workload.trust_domain.clone(),
             root_file: config.ca.root.clone(),
             state_dir: config.state.clone(),
-            renewal: RenewalPolicy::default(),
+            renewal: RenewalPolicy {
+                backoff_min: ISSUE_PAUSE,
+                ..RenewalPolicy::default()
+            },
         }
     }
 

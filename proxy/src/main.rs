@@ -40,7 +40,7 @@ struct Cli {
 
 #[derive(Args, Debug)]
 struct Run {
-    /// The configuration, YAML; without it, SIDEGATE_CONFIG holds it.
+    /// The configuration, YAML; without it, `SIDEGATE_CONFIG` holds it.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print the configuration with every default, secrets redacted, and exit.
