@@ -437,4 +437,96 @@ mod tests {
             10
         );
     }
+
+    /// Whether a value is as a schema says, patterns apart: the API server checks those.
+    fn fits(schema: &Value, value: &Value) -> Result<(), String> {
+        let is_type = match schema.get("type").and_then(Value::as_str) {
+            Some("object") => value.is_object(),
+            Some("array") => value.is_array(),
+            Some("string") => value.is_string(),
+            Some("integer") => value.is_u64(),
+            Some("boolean") => value.is_boolean(),
+            _ => value.is_string() || value.is_u64(),
+        };
+        if !is_type {
+            return Err(format!("{value} is no {schema}"));
+        }
+        let bound = |key: &str| schema.get(key).and_then(Value::as_u64);
+        let size = match value {
+            Value::Object(map) => map.len() as u64,
+            Value::Array(list) => list.len() as u64,
+            Value::String(text) => text.chars().count() as u64,
+            _ => value.as_u64().unwrap_or_default(),
+        };
+        let least = ["minProperties", "minItems", "minLength", "minimum"];
+        let most = ["maxProperties", "maxItems", "maxLength", "maximum"];
+        if least
+            .into_iter()
+            .filter_map(bound)
+            .any(|least| size < least)
+            || most.into_iter().filter_map(bound).any(|most| size > most)
+            || schema
+                .get("enum")
+                .is_some_and(|words| !words.as_array().unwrap().contains(value))
+        {
+            return Err(format!("{value} is out of {schema}"));
+        }
+        for name in schema
+            .get("required")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+        {
+            if value.get(name.as_str().unwrap()).is_none() {
+                return Err(format!("{name} is missing in {value}"));
+            }
+        }
+        for (name, inner) in value.as_object().into_iter().flatten() {
+            let known = schema.get("properties").and_then(|fields| fields.get(name));
+            let known = known.or_else(|| schema.get("additionalProperties"));
+            known.map_or(Ok(()), |schema| fits(schema, inner))?;
+        }
+        let items = value.as_array().into_iter().flatten();
+        items.map(|item| fits(&schema["items"], item)).collect()
+    }
+
+    #[test]
+    fn what_the_reference_shows_is_valid_and_what_it_forbids_is_not() {
+        let text = include_str!("../../mesh/tests/data/reference.yaml");
+        let mut kinds = std::collections::BTreeSet::new();
+        for document in text.split("\n---\n") {
+            let object: Value = serde_saphyr::from_str(document).unwrap();
+            let kind = Kind::from_name(object["kind"].as_str().unwrap()).unwrap();
+            kinds.insert(kind);
+            let schema = object_schema(kind);
+            fits(&schema, &object).unwrap();
+            let required = schema["properties"]["spec"]["required"].as_array().unwrap();
+            for name in required {
+                let mut cut = object.clone();
+                cut["spec"]
+                    .as_object_mut()
+                    .unwrap()
+                    .remove(name.as_str().unwrap());
+                fits(&schema, &cut).unwrap_err();
+            }
+            // A field that nobody knows is kept, for the strict parser to refuse.
+            let mut misspelt = object.clone();
+            misspelt["spec"]["selectro"] = json!({});
+            fits(&schema, &misspelt).unwrap();
+        }
+        assert_eq!(kinds.len(), Kind::ALL.len());
+        let schema = object_schema(Kind::AuthorizationPolicy);
+        let with = |from: Value| {
+            let rule = json!({ "from": [from], "to": [{ "tcp": {} }] });
+            let spec = json!({ "selector": {}, "action": "Allow", "rules": [rule] });
+            json!({ "metadata": {}, "spec": spec })
+        };
+        fits(&schema, &with(json!({ "anyone": {} }))).unwrap();
+        fits(&schema, &with(json!({}))).unwrap_err();
+        fits(
+            &schema,
+            &with(json!({ "anyone": {}, "unauthenticated": {} })),
+        )
+        .unwrap_err();
+    }
 }

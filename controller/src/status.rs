@@ -101,7 +101,7 @@ impl Writer {
             .extend(written.into_iter().flatten().map(|key| (key, now)));
     }
 
-    /// Returns the resource if its status was written.
+    /// Returns the resource if its status was written, or tried to be.
     async fn write(&self, key: ResourceKey) -> Option<ResourceKey> {
         let report = self.shared.hub.look(|index| index.report(&key))?;
         let now = self.shared.clock.now();
@@ -128,7 +128,6 @@ impl Writer {
             Err(kube::Error::Api(status)) if status.code == 409 => {
                 // The watch brings the newer version, and with it another look.
                 self.shared.metrics.status_written("stale");
-                return None;
             }
             Err(error) => {
                 self.shared.metrics.status_written("failed");
