@@ -113,10 +113,10 @@ class Cluster:
     # -- the command lines
 
     def kubectl(self, *arguments, stdin=None, timeout=180, fails=False):
-        """What kubectl prints. With `fails`, what it complains of."""
+        """What kubectl prints. With `fails`, what it complains of; None takes either end."""
         given = json.dumps(stdin) if isinstance(stdin, (dict, list)) else stdin
         done = subprocess.run(["kubectl", *arguments], input=given, capture_output=True, text=True, timeout=timeout)
-        expect((done.returncode != 0) == fails, "kubectl", *arguments, done.returncode, done.stdout, done.stderr)
+        expect(fails is None or (done.returncode != 0) == fails, "kubectl", *arguments, done.returncode, done.stdout, done.stderr)
         return done.stderr if fails else done.stdout
 
     def sidegate(self, *arguments, stdin=None, timeout=120, code=0):
@@ -335,7 +335,7 @@ class Load:
     def __init__(self, cluster, namespace, name, url, rate=50, service_account="default", meshed=True, **more):
         self.cluster, self.namespace, self.name, self.meshed = cluster, namespace, name, meshed
         args = ["run", "--url", url, "--rate", str(rate), "--connections", "8", "--duration", "1h", "--warmup", "0s", "-o", "json"]
-        made = container(cluster.images.shop, args, command=["/sidegate-loadtest"])
+        made = container(cluster.images.loadtest, args)
         labels = {} if meshed else {"sidegate.dev/inject": "disabled"}
         cluster.apply(pod(namespace, name, made, labels=labels, service_account=service_account, restartPolicy="Never", **more))
         cluster.await_pods(namespace, name)
