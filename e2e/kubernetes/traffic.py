@@ -108,7 +108,7 @@ def mariadb(cluster):
     setup(cluster)
     database = container(cluster.images.mariadb, [], port=("mysql", 3306), command=["sh", "-ec", """
         mariadb-install-db --user=mysql --datadir=/tmp/data --auth-root-authentication-method=normal >/dev/null
-        exec mariadbd --user=mysql --datadir=/tmp/data --socket=/tmp/mysql.sock --bind-address=0.0.0.0 \\
+        exec mariadbd --user=mysql --datadir=/tmp/data --socket=/tmp/mysql.sock --pid-file=/tmp/mysql.pid --bind-address=0.0.0.0 \\
             --init-file=/config/init.sql --skip-log-error"""],
         volumeMounts=[{"name": "config", "mountPath": "/config"}],
         readinessProbe={"tcpSocket": {"port": 3306}, "periodSeconds": 1, "failureThreshold": 60})
@@ -117,7 +117,7 @@ def mariadb(cluster):
                               terminationGracePeriodSeconds=1)
     cluster.apply(
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mariadb", "namespace": NS}, "data": {
-            "init.sql": "CREATE DATABASE shop; CREATE USER shop IDENTIFIED BY 'tea'; GRANT ALL ON shop.* TO shop;"}},
+            "init.sql": "CREATE DATABASE shop;\nCREATE USER shop IDENTIFIED BY 'tea';\nGRANT ALL ON shop.* TO shop;\n"}},
         deployment(NS, "mariadb", database, service_account="server", volumes=[{"name": "config", "configMap": {"name": "mariadb"}}],
                    nodeSelector={"kubernetes.io/hostname": cluster.nodes[-1]}),
         service(NS, "mariadb", 3306, "mysql"),
