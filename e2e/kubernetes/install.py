@@ -37,7 +37,7 @@ def applied_twice(cluster):
 @check
 def kustomize_base_is_the_same(cluster):
     """the kustomize base in deploy/ applies cleanly beside what install prints"""
-    base = REPOSITORY / "deploy" / "kustomize"
+    base = REPOSITORY / "deploy" / "kubernetes"
     out = cluster.kubectl("kustomize", str(base))
     cluster.kubectl("apply", "--dry-run=server", "-f", "-", stdin=out)
 
