@@ -1,6 +1,6 @@
 """The control plane is killed, goes away and comes back, and calls that are allowed go on."""
 
-from harness import (ANY_HTTP, SYSTEM, Load, caller, check, deployment, expect, is_meshed, service, shop_container, until)
+from harness import (ANY_HTTP, RESTRICTED, SYSTEM, Load, caller, check, deployment, expect, is_meshed, service, shop_container, until)
 
 NS = "e2e-control"
 WORKLOADS = ("statefulset/sidegate-ca", "deployment/sidegate-controller", "deployment/sidegate-injector")
@@ -98,7 +98,9 @@ def no_pod_past_a_dead_injector(cluster):
         until("the injector is gone", lambda: not cluster.get(f"/api/v1/namespaces/{SYSTEM}/pods?labelSelector=app.kubernetes.io%2Fname%3Dsidegate-injector")["items"])
         said = cluster.dry_run(caller(cluster, NS, "dry"), fails=True)
         expect("sidegate" in said, said)
-        cluster.dry_run(caller(cluster, SYSTEM, "dry"))
+        strict = caller(cluster, SYSTEM, "dry")
+        strict["spec"]["containers"][0]["securityContext"] = RESTRICTED
+        cluster.dry_run(strict)
         cluster.dry_run(caller(cluster, NS, "dry", labels={"sidegate.dev/inject": "disabled"}))
     finally:
         scale(cluster, "deployment/sidegate-injector", replicas)

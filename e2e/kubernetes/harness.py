@@ -318,6 +318,11 @@ def shop_container(cluster, which, port, name="app", **more):
                      **{"readinessProbe": {**probe, "periodSeconds": 1}, **more})
 
 
+# What pod security `restricted` asks of a container, for pods in sidegate-system.
+RESTRICTED = {"allowPrivilegeEscalation": False, "runAsNonRoot": True, "capabilities": {"drop": ["ALL"]},
+              "seccompProfile": {"type": "RuntimeDefault"}}
+
+
 def caller(cluster, namespace, name, service_account="default", **more):
     """A pod that only waits to be told to call."""
     idle = container(cluster.images.shop, ["ledger", "--listen", "127.0.0.1:6379"])
