@@ -1,7 +1,8 @@
 //! What a connection speaks, from its first bytes.
 //!
 //! Invariant: nothing is guessed. A connection is HTTP/2 only with the whole 24-byte preface, and
-//! HTTP/1 only when it begins like a method; the bytes that were read come first again.
+//! HTTP/1 only when it begins like a method, or, where other protocols of text may be spoken, like a
+//! request line; the bytes that were read come first again.
 
 use std::io;
 use std::pin::Pin;
@@ -21,6 +22,9 @@ pub const SILENCE: Duration = Duration::from_millis(100);
 
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
+
+/// Longest method that a request line is waited for to show.
+const METHOD_BYTES_MAX: usize = 32;
 
 /// Room for the bytes that are read ahead at a time.
 const READ_AHEAD_BYTES: usize = 2048;
@@ -42,6 +46,15 @@ pub enum Detected {
     Closed,
 }
 
+/// What a connection may speak besides HTTP/2 and TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// HTTP/1: what begins like it is refused, with an answer, by the guard.
+    Http,
+    /// Anything, also another protocol that begins with letters.
+    Anything,
+}
+
 /// Reads until it is clear what `io` speaks, at most for `timeout`.
 ///
 /// # Errors
@@ -51,12 +64,13 @@ pub async fn protocol<IO>(
     io: IO,
     clock: &dyn Clock,
     timeout: Duration,
+    expected: Expected,
 ) -> io::Result<(Detected, Prefixed<IO>)>
 where
     IO: AsyncRead + Unpin,
 {
     let bytes = BytesMut::with_capacity(PREFACE.len());
-    read_on(bytes, io, clock, timeout).await
+    read_on((bytes, io), clock, timeout, expected).await
 }
 
 /// As [`protocol`], for a connection whose first bytes have already been read.
@@ -68,22 +82,23 @@ pub async fn protocol_of<IO>(
     io: Prefixed<IO>,
     clock: &dyn Clock,
     timeout: Duration,
+    expected: Expected,
 ) -> io::Result<(Detected, Prefixed<IO>)>
 where
     IO: AsyncRead + Unpin,
 {
-    if let Some(detected) = classify(io.prefix()) {
+    if let Some(detected) = classify(io.prefix(), expected) {
         return Ok((detected, io));
     }
     let (bytes, io) = io.into_parts();
-    read_on(BytesMut::from(bytes), io, clock, timeout).await
+    read_on((BytesMut::from(bytes), io), clock, timeout, expected).await
 }
 
 async fn read_on<IO>(
-    mut bytes: BytesMut,
-    mut io: IO,
+    (mut bytes, mut io): (BytesMut, IO),
     clock: &dyn Clock,
     timeout: Duration,
+    expected: Expected,
 ) -> io::Result<(Detected, Prefixed<IO>)>
 where
     IO: AsyncRead + Unpin,
@@ -95,7 +110,7 @@ where
             read = io.read_buf(&mut bytes) => read?,
             () = &mut expired => break after_silence(&bytes),
         };
-        if let Some(detected) = classify(&bytes) {
+        if let Some(detected) = classify(&bytes, expected) {
             break detected;
         }
         if read == 0 {
@@ -118,8 +133,8 @@ fn after_silence(bytes: &[u8]) -> Detected {
     }
 }
 
-/// What `bytes` are; `None` while they may still become an HTTP/2 preface.
-fn classify(bytes: &[u8]) -> Option<Detected> {
+/// What `bytes` are; `None` while that is not clear yet.
+fn classify(bytes: &[u8], expected: Expected) -> Option<Detected> {
     let first = *bytes.first()?;
     if bytes.starts_with(PREFACE) {
         return Some(Detected::Http2);
@@ -127,13 +142,34 @@ fn classify(bytes: &[u8]) -> Option<Detected> {
     if PREFACE.starts_with(bytes) {
         return None;
     }
-    Some(match first {
-        TLS_HANDSHAKE => Detected::Tls,
+    Some(match (first, expected) {
+        (TLS_HANDSHAKE, _) => Detected::Tls,
+        (_, Expected::Anything) if begins_request(bytes)? => Detected::Http1,
+        (_, Expected::Anything) => Detected::Other,
         // A method is a token; what is not quite one is refused, with an answer, by the guard.
-        byte if byte.is_ascii_graphic() => Detected::Http1,
-        b'\r' | b'\n' | b' ' | b'\t' => Detected::Http1,
-        _ => Detected::Other,
+        (byte, Expected::Http) if byte.is_ascii_graphic() => Detected::Http1,
+        (b'\r' | b'\n' | b' ' | b'\t', Expected::Http) => Detected::Http1,
+        (_, Expected::Http) => Detected::Other,
     })
+}
+
+/// Whether `bytes` begin like a request line: a method in capitals, a space, the begin of a target.
+/// `None` while they may still.
+fn begins_request(bytes: &[u8]) -> Option<bool> {
+    let letter = |byte: &u8| byte.is_ascii_uppercase() || matches!(byte, b'-' | b'_');
+    let Some(end) = bytes.iter().position(|byte| !letter(byte)) else {
+        return (bytes.len() > METHOD_BYTES_MAX).then_some(false);
+    };
+    let (method, rest) = bytes.split_at(end);
+    let Some(target) = rest.strip_prefix(b" ").filter(|_| !method.is_empty()) else {
+        return Some(false);
+    };
+    let targets: [&[u8]; 4] = [b"/", b"*", b"http://", b"https://"];
+    if method == b"CONNECT" || targets.iter().any(|begin| target.starts_with(begin)) {
+        return Some(true);
+    }
+    let open = targets.iter().any(|begin| begin.starts_with(target));
+    (!open).then_some(false)
 }
 
 /// A connection whose first bytes have already been read.
@@ -246,8 +282,40 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(bytes: &[u8], expected: Option<Detected>) {
-        assert_eq!(classify(bytes), expected, "{}", bytes.escape_ascii());
+    fn check(bytes: &[u8], detected: Option<Detected>) {
+        let found = classify(bytes, Expected::Http);
+        assert_eq!(found, detected, "{}", bytes.escape_ascii());
+    }
+
+    #[test]
+    fn where_anything_may_be_spoken_only_a_request_line_is_http() {
+        use Detected::{Http1, Other, Tls};
+        for (bytes, detected) in [
+            (&b"GET / HTTP/1.1"[..], Some(Http1)),
+            (b"M-SEARCH * HTTP/1.1", Some(Http1)),
+            (b"GET http://orders/ HTTP/1.1", Some(Http1)),
+            (b"CONNECT orders:80 HTTP/1.1", Some(Http1)),
+            (b"PRI /", Some(Http1)),
+            (b"G", None),
+            (b"GET", None),
+            (b"GET ", None),
+            (b"GET htt", None),
+            // Redis, memcached, IRC, SSH, AMQP, and a method that never ends.
+            (b"PING\r\n", Some(Other)),
+            (b"*1\r\n$4\r\nPING\r\n", Some(Other)),
+            (b"get key\r\n", Some(Other)),
+            (b"NICK somebody\r\n", Some(Other)),
+            (b"SSH-2.0-OpenSSH", Some(Other)),
+            (b"AMQP\0\0\x09\x01", Some(Other)),
+            (&[b'A'; METHOD_BYTES_MAX + 1], Some(Other)),
+            (b"\0", Some(Other)),
+            (b" GET /", Some(Other)),
+            (b"\x16\x03\x01", Some(Tls)),
+            (b"PRI * HTTP/2.0\r\n", None),
+        ] {
+            let found = classify(bytes, Expected::Anything);
+            assert_eq!(found, detected, "{}", bytes.escape_ascii());
+        }
     }
 
     #[test]
@@ -284,7 +352,7 @@ mod tests {
                 client.shutdown().await.unwrap();
             }
         };
-        let detect = protocol(server, &clock, Duration::from_secs(1));
+        let detect = protocol(server, &clock, Duration::from_secs(1), Expected::Http);
         let ((), detected) = tokio::join!(send, detect);
         let (detected, mut io) = detected.unwrap();
         client.shutdown().await.unwrap();
@@ -316,7 +384,7 @@ mod tests {
         assert_eq!(io.read_ahead().await.unwrap(), 2);
         assert_eq!(io.prefix(), b"abc");
         let clock = ManualClock::new(SystemTime::UNIX_EPOCH);
-        let (detected, mut io) = protocol_of(io, &clock, Duration::from_secs(1))
+        let (detected, mut io) = protocol_of(io, &clock, Duration::from_secs(1), Expected::Http)
             .await
             .unwrap();
         assert_eq!(detected, Detected::Http1);
@@ -333,7 +401,12 @@ mod tests {
         assert_eq!(detect(&[b"PRI"], true).await.0, Detected::Other);
         let clock = ManualClock::new(SystemTime::UNIX_EPOCH);
         let (_client, server) = tokio::io::duplex(64);
-        let mut detect = std::pin::pin!(protocol(server, &clock, Duration::from_secs(1)));
+        let mut detect = std::pin::pin!(protocol(
+            server,
+            &clock,
+            Duration::from_secs(1),
+            Expected::Http
+        ));
         assert!(futures_util::poll!(detect.as_mut()).is_pending());
         clock.advance(Duration::from_secs(1));
         assert_eq!(detect.await.unwrap().0, Detected::Silent);

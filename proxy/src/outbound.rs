@@ -25,7 +25,7 @@ use crate::balance::Target;
 use crate::body::Body;
 use crate::call::Call;
 use crate::config::ServicePort;
-use crate::detect::{self, Detected, Prefixed, SILENCE};
+use crate::detect::{self, Detected, Expected, Prefixed, SILENCE};
 use crate::error::RequestError;
 use crate::forward::{self, Answer, Forwarded, Interim, Outgoing, Start};
 use crate::headers::{self, Head, Kind, Sender};
@@ -204,12 +204,13 @@ impl Outbound {
             return self.serve_tcp(stream, connection).await;
         }
         let opaque = protocol == Some(PortProtocol::Auto);
-        let patience = if opaque {
-            SILENCE
+        let (patience, expected) = if opaque {
+            (SILENCE, Expected::Anything)
         } else {
-            self.guard.head_timeout
+            (self.guard.head_timeout, Expected::Http)
         };
-        let detected = detect::protocol(stream, &*self.shared.clock, patience).await;
+        let clock = &*self.shared.clock;
+        let detected = detect::protocol(stream, clock, patience, expected).await;
         let Ok((detected, stream)) = detected else {
             return;
         };
@@ -231,7 +232,8 @@ impl Outbound {
             return;
         };
         let patience = self.guard.head_timeout;
-        match detect::protocol(stream, &*self.shared.clock, patience).await {
+        let clock = &*self.shared.clock;
+        match detect::protocol(stream, clock, patience, Expected::Http).await {
             Ok((Detected::Http2, stream)) => self.serve_http2(stream, connection).await,
             Ok((Detected::Http1, stream)) => self.serve_http1(stream, connection).await,
             // It was told already, and is on record: it is reset.

@@ -19,7 +19,7 @@ use tokio_rustls::server::TlsStream;
 use super::{Inbound, Target};
 use crate::call::empty_record;
 use crate::connections::Link;
-use crate::detect::{self, Detected, Prefixed, SILENCE};
+use crate::detect::{self, Detected, Expected, Prefixed, SILENCE};
 use crate::limits::Permit;
 use crate::shared::Shared;
 use crate::socket::Socket;
@@ -153,8 +153,13 @@ pub(super) async fn look(
     let clock = &*inbound.shared.clock;
     let patience = inbound.shared.config.limits.handshake_timeout;
     // A caller that lets the application speak first says nothing; a sidecar begins at once.
-    let silence = if door.opaque { SILENCE } else { patience };
-    let (spoken, mut io) = detect::protocol_of(io, clock, silence).await.ok()?;
+    let (silence, expected) = if door.opaque {
+        (SILENCE, Expected::Anything)
+    } else {
+        (patience, Expected::Http)
+    };
+    let detected = detect::protocol_of(io, clock, silence, expected).await;
+    let (spoken, mut io) = detected.ok()?;
     if spoken == Detected::Tls {
         let hello = tokio::select! {
             hello = read_hello(&mut io) => hello.ok()?,

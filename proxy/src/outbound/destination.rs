@@ -18,7 +18,7 @@ use crate::balance::Target;
 use crate::call::Call;
 use crate::config;
 use crate::destinations::{Destination, Destinations};
-use crate::detect::{self, Detected, SILENCE};
+use crate::detect::{self, Detected, Expected, SILENCE};
 use crate::error::RequestError;
 use crate::headers::Head;
 use crate::original;
@@ -148,7 +148,8 @@ impl Outbound {
     /// Tells an application that its call goes nowhere: in HTTP if that is what it speaks, else with
     /// a reset.
     async fn turn_away(self: &Arc<Self>, io: Abortable, connection: Connection) {
-        let detected = detect::protocol(io, &*self.shared.clock, SILENCE).await;
+        let clock = &*self.shared.clock;
+        let detected = detect::protocol(io, clock, SILENCE, Expected::Anything).await;
         match detected {
             Ok((Detected::Http1, io)) => self.serve_http1(io, connection).await,
             Ok((Detected::Http2, io)) => self.serve_http2(io, connection).await,

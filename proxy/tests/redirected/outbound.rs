@@ -138,6 +138,8 @@ async fn bytes_are_carried_as_they_are_and_an_applications_own_tls_too() {
     for bytes in [
         &b"\0\x01binary"[..],
         b"\x16\x03\x01\x02\x00a hello of some TLS",
+        b"*1\r\n$4\r\nPING\r\n",
+        b"NICK somebody\r\n",
     ] {
         let mut stream = web.connect(service()).await;
         stream.write_all(bytes).await.unwrap();

@@ -154,7 +154,7 @@ async fn bytes_and_an_applications_own_tls_enter_where_the_policy_carries_them()
     let cluster = Cluster::new();
     let orders = listed(&cluster, &format!("{ANY_BYTES}---{ANYBODY}")).await;
     app::echo(orders.at(6379)).await;
-    for bytes in [&b"\0\x01binary"[..], &hello()] {
+    for bytes in [&b"\0\x01binary"[..], b"PING\r\n", &hello()] {
         let mut stream = connect(&orders, 6379).await;
         stream.write_all(bytes).await.unwrap();
         stream.shutdown().await.unwrap();
