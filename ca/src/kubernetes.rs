@@ -40,7 +40,7 @@ pub enum ApiError {
     #[error("cannot tell where the Kubernetes API is: {0}")]
     Unknown(String),
     /// It refuses.
-    #[error("the Kubernetes API refuses to {what}: {message}{}", remedy(*code))]
+    #[error("the Kubernetes API refuses to {what}: {message}{}", remedy(*code, message))]
     Refused {
         /// What was asked.
         what: &'static str,
@@ -86,10 +86,12 @@ impl ApiError {
     }
 }
 
-fn remedy(code: u16) -> &'static str {
-    match code {
-        401 | 403 => "; the CA's ServiceAccount lacks its Role: apply `sidegate install` again",
-        _ => "",
+/// RBAC says `cannot`; an admission policy or a namespace that ends has words of its own.
+fn remedy(code: u16, message: &str) -> &'static str {
+    if code == 401 || (code == 403 && message.contains(" cannot ")) {
+        "; the CA's ServiceAccount lacks its Role: apply `sidegate install` again"
+    } else {
+        ""
     }
 }
 
