@@ -1022,16 +1022,23 @@ impl Index {
 
 /// What replicas tell one another.
 impl Index {
-    /// What another replica's sidecars have. Pods and resources that are not known are passed over.
-    pub fn hear(&mut self, said: &Acknowledged) {
-        let Some(key) = self.resources.key_of(&said.resource_uid) else {
-            return;
-        };
-        let key = key.clone();
+    /// What a sidecar of another replica has. Whether its pod and the resource are known here.
+    pub fn hear(&mut self, said: &Acknowledged) -> bool {
         let pod = self.cluster.pod_by_uid(&said.pod_uid);
-        if pod.is_some_and(|pod| !pod.is_over) && self.acks.hear(said) {
+        let key = self.resources.key_of(&said.resource_uid);
+        let (Some(pod), Some(key)) = (pod, key) else {
+            return false;
+        };
+        let (is_over, key) = (pod.is_over, key.clone());
+        if !is_over && self.acks.hear(said) {
             self.unreported.insert(key);
         }
+        true
+    }
+
+    /// The leader could not place this yet: it is told again, if it still holds.
+    pub fn tell_again(&mut self, said: &Acknowledged) {
+        self.acks.tell_again(said);
     }
 
     /// Everything that this replica's sidecars have, for a leader that knows nothing yet.

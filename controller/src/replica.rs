@@ -94,8 +94,9 @@ async fn report_to(shared: &Arc<Shared>, term: &Term) -> Result<(), ReportError>
         };
         if batch.is_empty() {
             tokio::select! {
-                answer = answers.message() => if answer?.is_none() {
-                    return Ok(());
+                answer = answers.message() => match answer? {
+                    Some(answer) => tell_again(shared, &answer),
+                    None => return Ok(()),
                 },
                 changed = changed.changed() => if changed.is_err() {
                     return Ok(());
@@ -109,11 +110,22 @@ async fn report_to(shared: &Arc<Shared>, term: &Term) -> Result<(), ReportError>
             sent = sender.send(request(term, batch)) => if sent.is_err() {
                 return Ok(());
             },
-            answer = answers.message() => if answer?.is_none() {
-                return Ok(());
+            answer = answers.message() => match answer? {
+                Some(answer) => tell_again(shared, &answer),
+                None => return Ok(()),
             },
         }
     }
+}
+
+/// The leader's watch is behind ours; it will have caught up when this is told next.
+fn tell_again(shared: &Shared, answer: &ReportResponse) {
+    shared.metrics.reported("unknown", answer.unknown.len());
+    shared.hub.change(|index| {
+        for said in &answer.unknown {
+            index.tell_again(said);
+        }
+    });
 }
 
 fn request(term: &Term, acknowledged: Vec<Acknowledged>) -> ReportRequest {
@@ -192,11 +204,14 @@ pub(crate) async fn listen(
         shared
             .metrics
             .reported("received", request.acknowledged.len());
-        shared.hub.change(|index| {
-            for said in &request.acknowledged {
-                index.hear(said);
-            }
+        let unknown = shared.hub.change(|index| {
+            let mut said = request.acknowledged;
+            said.retain(|said| !index.hear(said));
+            said
         });
+        if !unknown.is_empty() && answers.send(Ok(ReportResponse { unknown })).await.is_err() {
+            return;
+        }
     }
 }
 

@@ -22,6 +22,8 @@ use crate::shared::Shared;
 const SETTLE: Duration = Duration::from_secs(2);
 /// How often it is looked what has to be written.
 const TICK: Duration = Duration::from_millis(100);
+/// Shortest time between two looks at one resource of which nothing had to be written.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// Resources that are looked at together.
 const BATCH: usize = 512;
 /// Writes in flight.
@@ -31,8 +33,8 @@ const WRITES_MAX: usize = 8;
 pub(crate) struct Writer {
     shared: Arc<Shared>,
     client: Client,
-    /// When each was written last, as long as that matters.
-    written: BTreeMap<ResourceKey, SystemTime>,
+    /// When each may be looked at again.
+    resting: BTreeMap<ResourceKey, SystemTime>,
     /// Looked at too early.
     waiting: BTreeSet<ResourceKey>,
     /// Since when this replica is the leader.
@@ -44,7 +46,7 @@ impl Writer {
         Self {
             shared,
             client,
-            written: BTreeMap::new(),
+            resting: BTreeMap::new(),
             waiting: BTreeSet::new(),
             leads_since: None,
         }
@@ -80,15 +82,13 @@ impl Writer {
         if now.duration_since(since).unwrap_or_default() < SETTLE {
             return;
         }
-        let interval = self.shared.config.status_interval;
-        self.written
-            .retain(|_, at| now.duration_since(*at).unwrap_or_default() < interval);
+        self.resting.retain(|_, until| now < *until);
         let keys = self.shared.hub.change(|index| index.take_unreported(BATCH));
         self.waiting.extend(keys);
         let due: Vec<ResourceKey> = self
             .waiting
             .iter()
-            .filter(|key| !self.written.contains_key(key))
+            .filter(|key| !self.resting.contains_key(key))
             .cloned()
             .collect();
         for key in &due {
@@ -96,24 +96,26 @@ impl Writer {
         }
         let this = &*self;
         let writes = stream::iter(due).map(|key| this.write(key));
-        let written: Vec<Option<ResourceKey>> = writes.buffer_unordered(WRITES_MAX).collect().await;
-        self.written
-            .extend(written.into_iter().flatten().map(|key| (key, now)));
+        let looked: Vec<(ResourceKey, Duration)> =
+            writes.buffer_unordered(WRITES_MAX).collect().await;
+        let until = looked.into_iter().map(|(key, rest)| (key, now + rest));
+        self.resting.extend(until);
     }
 
-    /// Returns the resource if its status was written, or tried to be.
-    async fn write(&self, key: ResourceKey) -> Option<ResourceKey> {
-        let report = self.shared.hub.look(|index| index.report(&key))?;
+    /// Returns how long the resource rests then.
+    async fn write(&self, key: ResourceKey) -> (ResourceKey, Duration) {
+        let interval = self.shared.config.status_interval;
+        let Some(report) = self.shared.hub.look(|index| index.report(&key)) else {
+            return (key, Duration::ZERO);
+        };
         let now = self.shared.clock.now();
         let status = document(&report, now);
-        if status == report.status {
-            return None;
-        }
+        let now = self.shared.clock.now();
         // Compiling took its time; a leader that was stopped meanwhile may be none any more.
-        self.shared
-            .leadership
-            .borrow()
-            .leads(self.shared.clock.now())?;
+        let leads = self.shared.leadership.borrow().leads(now).is_some();
+        if status == report.status || !leads {
+            return (key, LOOK_INTERVAL.min(interval));
+        }
         let patch = json!({
             "metadata": { "uid": report.uid, "resourceVersion": report.resource_version },
             "status": status,
@@ -135,7 +137,7 @@ impl Writer {
                 self.shared.hub.change(|index| index.report_again(&key));
             }
         }
-        Some(key)
+        (key, interval)
     }
 
     fn api(&self, key: &ResourceKey) -> Api<DynamicObject> {

@@ -77,7 +77,7 @@ impl Synced {
     fn listed(&self, kind: &'static str) {
         let mut missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
         if missing.remove(kind) {
-            tracing::info!(kind, "listed");
+            tracing::info!(objects = kind, "listed");
         }
         if missing.is_empty() {
             self.all
@@ -356,7 +356,7 @@ impl OwnKind {
                 self.shared.metrics.is_lost(self.plural, true);
                 tracing::error!(
                     definition = crd::definition_name(self.kind),
-                    objects = keys.len(),
+                    kept = keys.len(),
                     "the definition is gone; what was known of its objects stays in use"
                 );
             }
@@ -383,9 +383,9 @@ fn broke(shared: &Shared, kind: &'static str, error: &watcher::Error) {
     // A watch that grew too old is begun anew: nothing is wrong.
     let is_expired = matches!(error, watcher::Error::WatchError(status) if status.code == 410);
     if is_expired {
-        tracing::debug!(kind, "watch expired");
+        tracing::debug!(objects = kind, "watch expired");
     } else {
-        tracing::warn!(kind, error = %error, "watch broke off; it is begun anew");
+        tracing::warn!(objects = kind, error = %error, "watch broke off; it is begun anew");
     }
 }
 

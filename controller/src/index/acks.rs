@@ -155,6 +155,16 @@ impl Acks {
         told.collect()
     }
 
+    /// The leader could not place this yet; what was withdrawn since need not be placed.
+    pub(crate) fn tell_again(&mut self, said: &Acknowledged) {
+        let acks = self.table.get_key_value(said.pod_uid.as_str());
+        let pair = acks.and_then(|(pod, acks)| {
+            let (resource, ack) = acks.get_key_value(said.resource_uid.as_str())?;
+            ack.is_own.then(|| (Arc::clone(pod), Arc::clone(resource)))
+        });
+        self.untold.extend(pair);
+    }
+
     /// Nobody has to be told: this replica is the leader.
     pub(crate) fn all_told(&mut self) {
         self.untold.clear();

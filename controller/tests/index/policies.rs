@@ -366,8 +366,15 @@ fn a_follower_tells_a_leader_what_its_sidecars_have() {
     assert_eq!(live(&leader), 1, "an older word never replaces a newer one");
     let mut stranger = told[0].clone();
     stranger.pod_uid = "nobody".to_owned();
-    leader.index.hear(&stranger);
+    assert!(
+        !leader.index.hear(&stranger),
+        "its pod is not known here yet"
+    );
     assert_eq!(leader.index.size().acknowledgements, 1);
+    follower.index.tell_again(&stranger);
+    follower.index.tell_again(&told[0]);
+    let again = follower.index.untold_acknowledgements(10);
+    assert_eq!(again, told, "only what still holds is told again");
     follower.index.remove_resource(&policy_key("shop/all"));
     follower.hear(sidecar);
     assert!(

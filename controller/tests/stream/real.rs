@@ -23,8 +23,6 @@ struct Real {
     client: Client,
     policies: Api<DynamicObject>,
     definitions: Api<DynamicObject>,
-    /// The definitions were not there before.
-    made_definitions: bool,
 }
 
 impl Real {
@@ -43,7 +41,6 @@ impl Real {
         Self {
             policies: Api::namespaced_with(client.clone(), NAMESPACE, &policies),
             definitions: Api::all_with(client.clone(), &definitions),
-            made_definitions: false,
             client: client.clone(),
         }
     }
@@ -53,25 +50,26 @@ impl Real {
             println!("SKIPPED: set SIDEGATE_E2E and KUBECONFIG to try a real API server");
             return None;
         }
-        let mut real = Self::of(&Client::try_default().await.unwrap());
+        let real = Self::of(&Client::try_default().await.unwrap());
+        let first = crd::definition_name(Kind::AuthorizationPolicy);
+        if real.definitions.get_opt(&first).await.unwrap().is_some() {
+            println!("SKIPPED: Sidegate is installed there already");
+            return None;
+        }
         real.install().await;
         Some(real)
     }
 
-    async fn install(&mut self) {
-        let first = crd::definition_name(Kind::AuthorizationPolicy);
-        if self.definitions.get_opt(&first).await.unwrap().is_none() {
-            self.made_definitions = true;
-            for crd in crd::crds() {
-                let crd: DynamicObject = serde_json::from_value(crd).unwrap();
-                self.definitions
-                    .create(&PostParams::default(), &crd)
-                    .await
-                    .unwrap();
-            }
-            for kind in Kind::ALL {
-                self.established(&crd::definition_name(kind)).await;
-            }
+    async fn install(&self) {
+        for crd in crd::crds() {
+            let crd: DynamicObject = serde_json::from_value(crd).unwrap();
+            self.definitions
+                .create(&PostParams::default(), &crd)
+                .await
+                .unwrap();
+        }
+        for kind in Kind::ALL {
+            self.established(&crd::definition_name(kind)).await;
         }
         let namespace = json!({ "metadata": { "name": NAMESPACE, "labels": { "sidegate.dev/inject": "enabled" } } });
         let namespace: Namespace = serde_json::from_value(namespace).unwrap();
@@ -170,13 +168,11 @@ impl Real {
         pods.delete("web-1", &DeleteParams::default().grace_period(0))
             .await
             .ok();
-        if self.made_definitions {
-            for kind in Kind::ALL {
-                self.definitions
-                    .delete(&crd::definition_name(kind), &DeleteParams::default())
-                    .await
-                    .ok();
-            }
+        for kind in Kind::ALL {
+            self.definitions
+                .delete(&crd::definition_name(kind), &DeleteParams::default())
+                .await
+                .ok();
         }
     }
 }
