@@ -185,11 +185,15 @@ impl State {
         };
         let (accepted, live) = (condition("Accepted"), condition("Live"));
         let counts = is_now(None).then_some(&told.sidecars);
-        let said = match (accepted, live) {
-            (Some(accepted), _) if accepted.status != "True" => Some(accepted),
-            (_, Some(live)) if live.status != "True" || accepted.is_none() => Some(live),
-            (accepted, live) => accepted.or(live),
-        };
+        let holds = |one: &&Condition| one.status == "True";
+        let fails = |one: &&Condition| !holds(one);
+        // What is wrong, then what is strange, then what is right.
+        let said = (accepted.filter(fails))
+            .or_else(|| live.filter(fails))
+            .or_else(|| accepted.filter(|one| !one.message.is_empty()))
+            .or_else(|| live.filter(|one| one.reason == "NoSidecars"))
+            .or(accepted)
+            .or(live);
         let (live_on, of) = (
             counts.and_then(|counts| counts.live),
             counts.and_then(|counts| counts.selected),
@@ -243,7 +247,7 @@ impl State {
     }
 
     fn cells(&self) -> Vec<String> {
-        let why = if self.message.is_empty() || self.is_settled() {
+        let why = if self.message.is_empty() {
             self.reason.clone()
         } else {
             format!("{}: {}", self.reason, self.message)

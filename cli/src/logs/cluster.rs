@@ -141,22 +141,24 @@ impl<W: Write, N: Write> View<'_, W, N> {
                 .cloned()
                 .collect();
             let answers = logs.cluster.ask_all::<Vec<Value>>(&asked, "/denials").await;
+            let mut failures = Vec::new();
             for (sidecar, answer) in asked.iter().zip(answers) {
                 match answer {
                     Ok(refusals) => held.remember(sidecar, &refusals, denials, &self.filter),
-                    Err(error) => notes.push(format!("what it remembers is missing: {error:#}")),
+                    Err(error) => failures.push(error),
                 }
             }
+            notes.extend(missing(&failures));
         }
         for note in notes {
             self.note(&note)?;
         }
         if held.lost > 0 {
-            let (shown, lost) = (held.lines.len(), held.lost);
-            self.note(&format!(
-                "the latest {shown} of {} calls are shown; choose with --since or filters",
-                shown as u64 + lost
-            ))?;
+            let (shown, all) = (held.lines.len(), held.number);
+            writeln!(
+                self.notes,
+                "sidegate: the latest {shown} of {all} calls are shown; choose with --since or filters"
+            )?;
         }
         self.print_held(held)?;
         Ok(places)
@@ -222,6 +224,15 @@ impl<W: Write, N: Write> View<'_, W, N> {
             waiting.push(entry, Instant::now());
         }
     }
+}
+
+/// That some sidecars did not say what they remember.
+fn missing(failures: &[anyhow::Error]) -> Option<String> {
+    let first = failures.first()?;
+    Some(match failures.len() {
+        1 => format!("what it remembers is missing: {first:#}"),
+        count => format!("what {count} sidecars remember is missing; the first: {first:#}"),
+    })
 }
 
 /// The entry of a line, if it is to be shown; one that says no time has that of its writing.

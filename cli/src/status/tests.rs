@@ -44,6 +44,8 @@ async fn mesh() -> Fake {
     let fake = Fake::start().await;
     for plural in ["authorizationpolicies", "trafficpolicies"] {
         let mut other = policy("other", (1, 1), (0, 0));
+        other["status"]["conditions"][1]["reason"] = "NoSidecars".into();
+        other["status"]["conditions"][1]["message"] = "0 of 0: it selects no sidecar".into();
         other["metadata"]["namespace"] = "jobs".into();
         fake.put(plural, other);
     }
@@ -90,6 +92,8 @@ AuthorizationPolicy  shop       orders  3           True      2 of 2  Accepted
         data["controlPlane"][0],
         json!({ "name": "ca", "ready": 1, "replicas": 2 })
     );
+    let other = &data["resources"][0];
+    assert_eq!(other["message"], "0 of 0: it selects no sidecar");
     let orders = &data["resources"][3];
     assert_eq!(
         (&orders["live"], &orders["liveOn"]),
