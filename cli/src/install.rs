@@ -9,13 +9,15 @@ mod plan;
 mod set;
 
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use sidegate_injector::PullPolicy;
 use sidegate_mesh::TrustDomain;
 
-use self::manifests::sections;
+use self::manifests::{Section, sections};
 use self::plan::{Plan, Storage};
 
 /// Exit code: wrong usage.
@@ -60,6 +62,9 @@ pub(crate) struct InstallArgs {
     /// Tunes one thing; see --help for what there is. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// Write a kustomize base into this folder instead of printing.
+    #[arg(long, value_name = "DIR", conflicts_with = "output")]
+    base: Option<PathBuf>,
     /// How it is printed.
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
@@ -127,12 +132,42 @@ pub(crate) fn run(arguments: &InstallArgs) -> anyhow::Result<u8> {
             return Ok(WRONG_USAGE);
         }
     };
-    let objects: Vec<Value> = sections(&plan)?
-        .into_iter()
-        .flat_map(|section| section.objects)
-        .collect();
+    let sections = sections(&plan)?;
+    if let Some(folder) = &arguments.base {
+        write_base(folder, &sections)?;
+        return Ok(0);
+    }
+    let objects = sections.into_iter().flat_map(|section| section.objects);
+    let objects: Vec<Value> = objects.collect();
     arguments.output.print(&mut io::stdout().lock(), &objects)?;
     Ok(0)
+}
+
+/// The files of a kustomize base.
+fn base(sections: &[Section]) -> anyhow::Result<Vec<(&'static str, String)>> {
+    let mut kustomization =
+        "# What `sidegate install` prints, for overlays; written by `sidegate install --base DIR`.\n\
+         apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n"
+            .to_owned();
+    let mut files = Vec::new();
+    for section in sections {
+        kustomization.push_str("  - ");
+        kustomization.push_str(section.file);
+        kustomization.push('\n');
+        files.push((section.file, to_yaml(&section.objects)?));
+    }
+    files.push(("kustomization.yaml", kustomization));
+    Ok(files)
+}
+
+fn write_base(folder: &Path, sections: &[Section]) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    for (file, text) in base(sections)? {
+        let path = folder.join(file);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 impl InstallArgs {

@@ -4,6 +4,7 @@
 //! and what closes comes first, so that a failure between two tables has opened nothing.
 
 use crate::rules::{Chain, Family, Hook, Match, Redirection, Rule, Verdict};
+use std::fmt::Write as _;
 
 /// A jump from a built-in chain to one of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,15 +46,15 @@ pub(crate) fn script(redirection: &Redirection, family: Family, present: &[Jump]
     let mut script = String::new();
     for table in ["filter", "nat"] {
         let here = |chain: &&Chain| Jump::of(chain.hook).table == table;
-        script.push_str(&format!("*{table}\n"));
+        let _written = writeln!(script, "*{table}");
         for chain in chains.iter().filter(here) {
-            script.push_str(&format!(":{} - [0:0]\n", Jump::of(chain.hook).to));
+            let _written = writeln!(script, ":{} - [0:0]", Jump::of(chain.hook).to);
         }
         for chain in chains.iter().filter(here) {
             script.push_str(&print_chain(chain, family));
             let jump = Jump::of(chain.hook);
             if !present.contains(&jump) {
-                script.push_str(&format!("-I {} 1 -j {}\n", jump.from, jump.to));
+                let _written = writeln!(script, "-I {} 1 -j {}", jump.from, jump.to);
             }
         }
         script.push_str("COMMIT\n");
@@ -71,7 +72,7 @@ fn print_chain(chain: &Chain, family: Family) -> String {
                 Verdict::Drop => "DROP".to_owned(),
                 Verdict::Redirect(port) => format!("REDIRECT --to-ports {port}"),
             };
-            text.push_str(&format!("-A {name}{condition} -j {verdict}\n"));
+            let _written = writeln!(text, "-A {name}{condition} -j {verdict}");
         }
     }
     text

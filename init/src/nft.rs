@@ -5,6 +5,7 @@
 
 use ipnet::IpNet;
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use crate::rules::{Chain, Family, Hook, Match, Redirection, Rule, Verdict};
 
@@ -14,7 +15,7 @@ pub(crate) fn script(redirection: &Redirection, families: &[Family]) -> String {
     for &family in families {
         let table = format!("table {} sidegate", keyword(family));
         // Deleting fails where nothing is; adding first makes it always there.
-        script.push_str(&format!("add {table}\ndelete {table}\n{table} {{\n"));
+        let _written = writeln!(script, "add {table}\ndelete {table}\n{table} {{");
         for chain in redirection.chains(family) {
             script.push_str(&print_chain(&chain, family));
         }
@@ -46,7 +47,9 @@ fn print_rule(rule: &Rule, family: Family) -> String {
     match rule.verdict {
         Verdict::Leave => text.push_str("accept\n"),
         Verdict::Drop => text.push_str("drop\n"),
-        Verdict::Redirect(port) => text.push_str(&format!("redirect to :{port}\n")),
+        Verdict::Redirect(port) => {
+            let _written = writeln!(text, "redirect to :{port}");
+        }
     }
     text
 }

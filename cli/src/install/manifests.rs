@@ -10,21 +10,23 @@ mod rbac;
 mod webhooks;
 
 use anyhow::Context;
+use kube::api::ApiResource;
+use kube::core::GroupVersionKind;
 use serde_json::{Value, json};
 
 use super::plan::{NAMESPACE, Plan};
 
-/// The ConfigMap of each namespace that holds the mesh's roots.
+/// The `ConfigMap` of each namespace that holds the mesh's roots.
 pub(crate) const BUNDLE: &str = sidegate_injector::settings::BUNDLE_CONFIG_MAP;
-/// The MutatingWebhookConfiguration.
+/// The `MutatingWebhookConfiguration`.
 pub(crate) const INJECTOR_WEBHOOK: &str = "sidegate-injector";
-/// The ValidatingWebhookConfiguration.
+/// The `ValidatingWebhookConfiguration`.
 pub(crate) const VALIDATOR_WEBHOOK: &str = "sidegate-validator";
-/// The CA: StatefulSet, Service, ServiceAccount and Secret.
+/// The CA: `StatefulSet`, Service, `ServiceAccount` and Secret.
 pub(crate) const CA: &str = "sidegate-ca";
-/// The controller: Deployment, Service and ServiceAccount.
+/// The controller: Deployment, Service and `ServiceAccount`.
 pub(crate) const CONTROLLER: &str = "sidegate-controller";
-/// The injector: Deployment, Service and ServiceAccount.
+/// The injector: Deployment, Service and `ServiceAccount`.
 pub(crate) const INJECTOR: &str = "sidegate-injector";
 
 /// A part of the output, and the file of the kustomize base that holds it.
@@ -80,6 +82,28 @@ pub(crate) fn everything() -> anyhow::Result<Vec<Value>> {
     plan.set_replicas(2);
     let sections = sections(&plan)?.into_iter();
     Ok(sections.flat_map(|section| section.objects).collect())
+}
+
+/// How the API server knows the type of an object of ours.
+pub(crate) fn resource_of(object: &Value) -> ApiResource {
+    let text = |field: &str| {
+        object
+            .get(field)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    let (group, version) = text("apiVersion")
+        .split_once('/')
+        .unwrap_or(("", text("apiVersion")));
+    let kind = text("kind");
+    // Each kind of ours follows the rule of the language; a test names them.
+    let mut plural = kind.to_lowercase();
+    if let Some(stem) = plural.strip_suffix('y') {
+        plural = format!("{stem}ies");
+    } else {
+        plural.push('s');
+    }
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), &plural)
 }
 
 fn to_yaml(whose: &str, config: &impl serde::Serialize) -> anyhow::Result<String> {

@@ -3,6 +3,7 @@
 //! Invariant: an unknown key, or a value that the part would not accept, is an error; the list in
 //! the help is the list that is read.
 
+use std::fmt::Write as _;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -189,14 +190,10 @@ fn amount<'a>(
 pub(super) fn long_help() -> String {
     let mut text = "Keys of --set, and what is so without:\n".to_owned();
     for Key { name, about, .. } in KEYS {
-        text.push_str(&format!("  {name:<26} {about}\n"));
+        let _written = writeln!(text, "  {name:<26} {about}");
     }
-    text.push_str(&format!(
-        "  {:<26} of {}\n",
-        "PART.AMOUNT",
-        PARTS.join(", ")
-    ));
-    text.push_str(&format!("  {:<26} {}\n", "", AMOUNTS.join(", ")));
+    let _written = writeln!(text, "  {:<26} of {}", "PART.AMOUNT", PARTS.join(", "));
+    let _written = writeln!(text, "  {:<26} {}", "", AMOUNTS.join(", "));
     text.push_str(
         "\nEverything else is for a kustomize overlay on deploy/kubernetes.\n\nExamples:\n  \
          sidegate install | kubectl apply -f -\n  \

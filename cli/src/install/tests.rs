@@ -12,7 +12,6 @@ use k8s_openapi::api::rbac::v1 as rbac;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::manifests::Section;
 use super::*;
 
 fn arguments(line: &str) -> InstallArgs {
@@ -266,34 +265,13 @@ fn the_same_flags_give_the_same_bytes() {
 #[test]
 fn the_kustomize_base_is_what_install_prints() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/kubernetes");
-    let sections = sections_of("");
-    let mut files: Vec<(&str, String)> = sections
-        .iter()
-        .map(|section| (section.file, to_yaml(&section.objects).unwrap()))
-        .collect();
-    let list: String = sections
-        .iter()
-        .map(|section| format!("  - {}\n", section.file))
-        .collect();
-    files.push((
-        "kustomization.yaml",
-        format!(
-            "# What `sidegate install` prints; made by its test, see CONTRIBUTING.md.\n\
-             apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n{list}"
-        ),
-    ));
-    if std::env::var_os("SIDEGATE_UPDATE_DEPLOY").is_some() {
-        std::fs::create_dir_all(&folder).unwrap();
-        for (file, text) in &files {
-            std::fs::write(folder.join(file), text).unwrap();
-        }
-    }
+    let files = base(&sections_of("")).unwrap();
     for (file, text) in &files {
         let kept = std::fs::read_to_string(folder.join(file)).unwrap_or_default();
         assert!(
             kept == *text,
-            "deploy/kubernetes/{file} differs from `sidegate install`: run this test with \
-             SIDEGATE_UPDATE_DEPLOY=1 and review the change"
+            "deploy/kubernetes/{file} differs from `sidegate install`: run `sidegate install \
+             --base deploy/kubernetes` and review the change"
         );
     }
     let there = std::fs::read_dir(&folder)

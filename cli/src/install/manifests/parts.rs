@@ -1,4 +1,4 @@
-//! The control plane's own pods: configuration, Service, StatefulSet or Deployment, budget.
+//! The control plane's own pods: configuration, Service, `StatefulSet` or Deployment, budget.
 //!
 //! Invariants: every pod meets pod security `restricted`, with a read-only root; a change of its
 //! configuration restarts it; selectors and names never change from version to version.

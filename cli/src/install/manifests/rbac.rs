@@ -32,7 +32,7 @@ pub(super) fn ca() -> Vec<Value> {
         rule("", &["secrets"], &["create"]),
         named("", "secrets", &[CA], &["get", "update"]),
     ];
-    account(CA, cluster, own)
+    account(CA, &cluster, &own)
 }
 
 /// The controller watches what it makes the mesh's index from, and writes what became of resources.
@@ -81,7 +81,7 @@ pub(super) fn controller() -> Vec<Value> {
             &["get", "update", "patch"],
         ),
     ];
-    account(CONTROLLER, cluster, own)
+    account(CONTROLLER, &cluster, &own)
 }
 
 /// The injector looks at namespaces, and keeps the roots of its two configurations current.
@@ -103,7 +103,7 @@ pub(super) fn injector() -> Vec<Value> {
             verbs,
         ),
     ];
-    account(INJECTOR, cluster, Vec::new())
+    account(INJECTOR, &cluster, &[])
 }
 
 /// Who may read pods may read policies; who administers a namespace may write its policies.
@@ -147,7 +147,7 @@ fn named(group: &str, resource: &str, names: &[&str], verbs: &[&str]) -> Value {
 }
 
 /// A service account, its rules in the whole cluster, and those in the control plane's namespace.
-fn account(name: &str, cluster: Vec<Value>, own: Vec<Value>) -> Vec<Value> {
+fn account(name: &str, cluster: &[Value], own: &[Value]) -> Vec<Value> {
     let subjects = json!([{ "kind": "ServiceAccount", "name": name, "namespace": NAMESPACE }]);
     let mut objects = vec![
         json!({

@@ -82,7 +82,7 @@ fn service(path: &str) -> Value {
     })
 }
 
-/// Editors of a namespace may write ConfigMaps, but not this one: whoever writes it is trusted by
+/// Editors of a namespace may write `ConfigMaps`, but not this one: whoever writes it is trusted by
 /// every sidecar that starts there. Namespaces that end take theirs along, and whoever may remove
 /// this very policy may remove a bundle, so that uninstalling does not depend on how fast that
 /// is noticed.
