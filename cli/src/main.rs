@@ -4,6 +4,7 @@
 
 mod authz;
 mod certs;
+mod check;
 mod demo;
 mod install;
 mod kube;
@@ -43,6 +44,7 @@ enum Command {
     Authz(authz::AuthzArgs),
     Validate(validate::ValidateArgs),
     Certs(certs::CertsArgs),
+    Check(check::CheckArgs),
     Install(install::InstallArgs),
     Uninstall(uninstall::UninstallArgs),
     Completions(CompletionsArgs),
@@ -87,6 +89,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Authz(arguments) => authz::run(&arguments),
         Command::Validate(arguments) => validate::run(&arguments),
         Command::Certs(arguments) => certs::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Install(arguments) => install::run(&arguments),
         Command::Uninstall(arguments) => uninstall::run(&arguments),
         Command::Version(arguments) => version::run(&arguments),

@@ -6,7 +6,6 @@
 use std::fmt;
 
 use kube::api::ApiResource;
-use kube::core::GroupVersionKind;
 use serde_json::{Value, json};
 
 use crate::install::manifests::{self, BUNDLE};
@@ -115,19 +114,7 @@ impl Reference {
 
     /// How the API server knows its kind.
     pub(super) fn resource(&self) -> ApiResource {
-        let (group, version) = self
-            .api_version
-            .split_once('/')
-            .unwrap_or(("", &self.api_version));
-        // Each kind of STEPS and ConfigMap: the plural follows the rule of the language.
-        let mut plural = self.kind.to_lowercase();
-        if let Some(stem) = plural.strip_suffix('y') {
-            plural = format!("{stem}ies");
-        } else {
-            plural.push('s');
-        }
-        let kind = GroupVersionKind::gvk(group, version, &self.kind);
-        ApiResource::from_gvk_with_plural(&kind, &plural)
+        manifests::resource_of(&self.to_manifest())
     }
 }
 
