@@ -24,6 +24,7 @@ use sidegate_mesh::{
     Enforcement, SpiffeId, SpiffeIdError, TrustDomain, Workload, WorkloadPort, yaml,
 };
 
+pub(crate) use cluster::absolute;
 pub use cluster::{ControllerConfig, EnvironmentError, Pod};
 pub use limits::LimitsConfig;
 pub use probes::{

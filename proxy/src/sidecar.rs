@@ -18,7 +18,7 @@ use tracing::{error, info};
 
 use crate::access_log;
 use crate::balance::Services;
-use crate::config::{Config, ConfigError, Destination, Evidence, Fault, JoinToken, Source};
+use crate::config::{self, Config, ConfigError, Destination, Evidence, Fault, JoinToken, Source};
 use crate::connections::Connections;
 use crate::control::{Control, ControlError};
 use crate::destinations::Destinations;
@@ -341,7 +341,7 @@ fn check(config: &Config) -> Result<(), ConfigError> {
 
 fn ca_client(config: &Config, clock: &Arc<dyn Clock>) -> Result<Arc<dyn Issue>, StartError> {
     let trust_domain = config.workload()?.trust_domain;
-    let address = config.ca.address.clone();
+    let address = config::absolute(&config.ca.address);
     let client = CaClientConfig::new(&trust_domain, address, evidence(config)?)?;
     Ok(Arc::new(CaClient::new(
         client,

@@ -179,6 +179,21 @@ impl Config {
     }
 }
 
+/// The same address, its host with a dot at the end where it is a service's full name: otherwise a
+/// pod's resolver tries each of its search domains first, and the application waits for that.
+pub(crate) fn absolute(address: &str) -> String {
+    match address.rsplit_once(':') {
+        Some((host, port)) if is_full_name(host) => format!("{host}.:{port}"),
+        _ => address.to_owned(),
+    }
+}
+
+/// Whether this is `NAME.NAMESPACE.svc.DOMAIN`, without a dot at its end.
+fn is_full_name(host: &str) -> bool {
+    let domain = host.split_once(".svc.").map(|(_, domain)| domain);
+    domain.is_some_and(|domain| !domain.is_empty() && !domain.ends_with('.'))
+}
+
 impl Pod {
     fn from_environment(
         variable: impl Fn(&str) -> Option<String>,
@@ -202,5 +217,30 @@ impl Pod {
                 .collect::<Result<_, _>>()?,
             node: variable("NODE_NAME").unwrap_or_default(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_services_full_name_is_looked_up_as_it_is() {
+        for (address, expected) in [
+            (
+                "ca.system.svc.cluster.local:19010",
+                "ca.system.svc.cluster.local.:19010",
+            ),
+            (
+                "ca.system.svc.cluster.local.:19010",
+                "ca.system.svc.cluster.local.:19010",
+            ),
+            ("ca.system.svc:19010", "ca.system.svc:19010"),
+            ("localhost:19010", "localhost:19010"),
+            ("127.0.0.1:19010", "127.0.0.1:19010"),
+            ("[fd00::1]:19010", "[fd00::1]:19010"),
+        ] {
+            assert_eq!(absolute(address), expected);
+        }
     }
 }

@@ -29,6 +29,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use super::{Publisher, Report};
+use crate::config::absolute;
 use crate::destinations::Destinations;
 use crate::shared::Shared;
 use follow::Known;
@@ -198,7 +199,7 @@ impl ControllerSource {
             address: self.address.clone(),
             reason,
         };
-        let look_up = tokio::net::lookup_host(self.address.as_str());
+        let look_up = tokio::net::lookup_host(absolute(&self.address));
         let found = self.within(CALL_TIMEOUT, look_up).await?;
         let mut addresses: Vec<SocketAddr> =
             found.map_err(|error| unknown(error.to_string()))?.collect();
