@@ -142,14 +142,18 @@ fn classify(bytes: &[u8], expected: Expected) -> Option<Detected> {
     if PREFACE.starts_with(bytes) {
         return None;
     }
-    Some(match (first, expected) {
-        (TLS_HANDSHAKE, _) => Detected::Tls,
-        (_, Expected::Anything) if begins_request(bytes)? => Detected::Http1,
-        (_, Expected::Anything) => Detected::Other,
+    if first == TLS_HANDSHAKE {
+        return Some(Detected::Tls);
+    }
+    let http = match expected {
+        Expected::Anything => begins_request(bytes)?,
         // A method is a token; what is not quite one is refused, with an answer, by the guard.
-        (byte, Expected::Http) if byte.is_ascii_graphic() => Detected::Http1,
-        (b'\r' | b'\n' | b' ' | b'\t', Expected::Http) => Detected::Http1,
-        (_, Expected::Http) => Detected::Other,
+        Expected::Http => first.is_ascii_graphic() || b"\r\n \t".contains(&first),
+    };
+    Some(if http {
+        Detected::Http1
+    } else {
+        Detected::Other
     })
 }
 

@@ -7,6 +7,8 @@
     clippy::indexing_slicing,
     clippy::pedantic,
     clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::print_stderr,
     missing_docs,
     unreachable_pub,
     reason = "tests"

@@ -45,7 +45,8 @@ async fn with_one_endpoint_the_caller_learns_that_it_could_not_be_reached() {
         cluster.pod("orders", WEB).await,
     );
     let endpoint = orders.endpoint(8080).await;
-    web.know(SERVICE, meshed(&[endpoint.clone()])).await;
+    web.know(SERVICE, meshed(std::slice::from_ref(&endpoint)))
+        .await;
     let mut stream = web.connect(SERVICE.parse().unwrap()).await;
     let reply = exchange(&mut stream, POST).await;
     assert_eq!(reply.status, 503);

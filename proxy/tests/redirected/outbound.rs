@@ -25,7 +25,8 @@ async fn a_request_goes_where_its_connection_was_made_to_whatever_host_it_names(
     );
     app::http(orders.at(8080), "orders").await;
     let endpoint = orders.endpoint(8080).await;
-    web.know(SERVICE, meshed(&[endpoint.clone()])).await;
+    web.know(SERVICE, meshed(std::slice::from_ref(&endpoint)))
+        .await;
     let mut stream = web.connect(service()).await;
     let reply = get(&mut stream, "/orders/7").await;
     assert_eq!(reply.status, 200, "{reply:?}");
