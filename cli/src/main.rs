@@ -6,6 +6,7 @@ mod authz;
 mod certs;
 mod check;
 mod demo;
+mod inject;
 mod install;
 mod kube;
 mod logs;
@@ -47,6 +48,7 @@ enum Command {
     Check(check::CheckArgs),
     Install(install::InstallArgs),
     Uninstall(uninstall::UninstallArgs),
+    Inject(inject::InjectArgs),
     Completions(CompletionsArgs),
     Version(version::VersionArgs),
 }
@@ -92,6 +94,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Check(arguments) => check::run(&arguments),
         Command::Install(arguments) => install::run(&arguments),
         Command::Uninstall(arguments) => uninstall::run(&arguments),
+        Command::Inject(arguments) => inject::run(&arguments),
         Command::Version(arguments) => version::run(&arguments),
         Command::Completions(arguments) => {
             let mut script = Vec::new();

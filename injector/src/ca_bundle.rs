@@ -34,7 +34,7 @@ use crate::metrics::Metrics;
 /// The sequence of the bundle that a configuration carries.
 const SEQUENCE: &str = "sidegate.dev/bundle-sequence";
 /// How long a newer bundle that another wrote is left alone although we do not know it.
-const DEFERENCE: Duration = Duration::from_secs(60);
+const DEFERENCE: Duration = Duration::from_mins(1);
 /// Waits after a write that failed.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -158,13 +158,11 @@ impl CaBundle {
                     later.get_or_insert_with(|| self.clock.sleep(DEFERENCE));
                     continue;
                 }
-                _ => {
-                    self.is_settled.store(true, Ordering::Release);
-                    Ok(())
-                }
+                _ => Ok(()),
             };
             later = match written {
                 Ok(()) => {
+                    self.is_settled.store(true, Ordering::Release);
                     failures = 0;
                     None
                 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 pub use quantity::{Quantity, QuantityError};
 pub use refusal::Refusal;
 pub use uninject::uninject;
-pub use workload::{Workload, templates};
+pub use workload::{Visit, Workload, templates};
 
 use crate::inject::annotations::Options;
 use crate::inject::edit::Edits;

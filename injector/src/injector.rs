@@ -138,46 +138,17 @@ impl Injector {
             running.clone(),
         )?;
         let metrics = Metrics::new();
-        let namespaces = NamespaceWatch::new(client.clone(), Arc::clone(&clock));
-        let bundle = |which, name: &str| {
-            CaBundle::new(
-                which,
-                name,
-                client.clone(),
-                Arc::clone(&store),
-                Arc::clone(&metrics),
-            )
-        };
-        let bundles = [
-            bundle(Configuration::Mutating, &config.webhooks.mutating),
-            bundle(Configuration::Validating, &config.webhooks.validating),
-        ];
         let connections = Connections::new(config.limits.connections_max);
         let health = Arc::new(Health {
-            store: Arc::clone(&store),
             identity: Arc::clone(identity.status()),
-            namespaces: Arc::clone(&namespaces),
-            bundles,
-            connections: Arc::clone(&connections),
-            metrics: Arc::clone(&metrics),
-            root_file: config.root_file,
+            namespaces: NamespaceWatch::new(client.clone(), Arc::clone(&clock)),
+            bundles: bundles(&config, &client, &store, &metrics),
+            connections,
+            metrics,
+            store,
+            root_file: config.root_file.clone(),
             root,
             is_ending: AtomicBool::new(false),
-        });
-        let door = Arc::new(Door {
-            store,
-            webhook: Webhook {
-                settings: config.injection,
-                namespaces,
-                metrics: Arc::clone(&metrics),
-            },
-            handshakes: Semaphore::new(config.limits.handshakes_max),
-            reviews: Semaphore::new(config.limits.reviews_max),
-            limits: config.limits,
-            clock: Arc::clone(&clock),
-            metrics,
-            connections,
-            tracker: tracker.clone(),
         });
         let injector = Self {
             address: address_of(&listener, config.address)?,
@@ -189,8 +160,28 @@ impl Injector {
             serving: CancellationToken::new(),
             running,
         };
+        let door = injector.door(config);
         injector.spawn(door, listener, health_listener);
         Ok(injector)
+    }
+
+    fn door(&self, config: Config) -> Arc<Door> {
+        let health = &self.health;
+        Arc::new(Door {
+            store: Arc::clone(&health.store),
+            webhook: Webhook {
+                settings: config.injection,
+                namespaces: Arc::<NamespaceWatch>::clone(&health.namespaces),
+                metrics: Arc::clone(&health.metrics),
+            },
+            handshakes: Semaphore::new(config.limits.handshakes_max),
+            reviews: Semaphore::new(config.limits.reviews_max),
+            limits: config.limits,
+            clock: Arc::clone(&self.clock),
+            metrics: Arc::clone(&health.metrics),
+            connections: Arc::clone(&health.connections),
+            tracker: self.tracker.clone(),
+        })
     }
 
     fn spawn(&self, door: Arc<Door>, listener: TcpListener, health_listener: TcpListener) {
@@ -250,6 +241,24 @@ impl std::fmt::Debug for Injector {
             .field("address", &self.address)
             .finish_non_exhaustive()
     }
+}
+
+/// What keeps the roots of both configurations.
+fn bundles(
+    config: &Config,
+    client: &Client,
+    store: &Arc<CredentialStore>,
+    metrics: &Arc<Metrics>,
+) -> [Arc<CaBundle>; 2] {
+    let names = &config.webhooks;
+    let both = [
+        (Configuration::Mutating, &names.mutating),
+        (Configuration::Validating, &names.validating),
+    ];
+    both.map(|(which, name)| {
+        let (store, metrics) = (Arc::clone(store), Arc::clone(metrics));
+        CaBundle::new(which, name, client.clone(), store, metrics)
+    })
 }
 
 /// Opens a port; every address of IPv4 in place of IPv6 where the system has none.

@@ -6,8 +6,8 @@
 
 pub use config::{Config, ConfigError, Limits, Webhooks};
 pub use inject::{
-    NamespaceFacts, Outcome, Quantity, QuantityError, Refusal, Workload, annotations, inject,
-    inject_with, system_random, templates, uninject,
+    NamespaceFacts, Outcome, Quantity, QuantityError, Refusal, Visit, Workload, annotations,
+    inject, inject_with, system_random, templates, uninject,
 };
 pub use injector::{Injector, StartError};
 pub use settings::{Images, LogLevel, PullPolicy, Resources, Settings, SettingsError};

@@ -29,7 +29,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(2);
 const READS_MAX: usize = 32;
 /// How long after a failure of the watch it is not relied on: longer than its longest backoff, so
 /// that by then it either works or has failed again.
-const DOUBT: Duration = Duration::from_secs(60);
+const DOUBT: Duration = Duration::from_mins(1);
 /// The label that decides about pod security.
 const POD_SECURITY: &str = "pod-security.kubernetes.io/enforce";
 

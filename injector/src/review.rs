@@ -1,4 +1,4 @@
-//! The AdmissionReview: what the API server asks, and what it hears.
+//! The `AdmissionReview`: what the API server asks, and what it hears.
 //!
 //! Invariant: whatever arrives is answered. What carries a UID is denied with that UID when it is
 //! not what it should be; what carries none is no review, and the caller is told so.

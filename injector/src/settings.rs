@@ -303,7 +303,7 @@ impl Default for Settings {
             proxy_resources: resources("50m", "1", "48Mi", "256Mi"),
             log_level: LogLevel::Info,
             drain_timeout: Duration::from_secs(25),
-            wait_timeout: Duration::from_secs(60),
+            wait_timeout: Duration::from_mins(1),
         }
     }
 }

@@ -119,19 +119,8 @@ fn endpoint_that_is_nobodys(service: &StaticService) -> Option<Problem> {
 
 fn is_nobodys(address: IpAddr) -> bool {
     match address.to_canonical() {
-        IpAddr::V4(v4) => {
-            v4.is_loopback()
-                || v4.is_link_local()
-                || v4.is_unspecified()
-                || v4.is_multicast()
-                || v4.is_broadcast()
-        }
-        IpAddr::V6(v6) => {
-            v6.is_loopback()
-                || v6.is_unicast_link_local()
-                || v6.is_unspecified()
-                || v6.is_multicast()
-        }
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local(),
     }
 }
 
@@ -240,7 +229,6 @@ mod tests {
             "169.254.169.254:80",
             "[fe80::1]:80",
             "[::ffff:127.0.0.1]:80",
-            "224.0.0.1:80",
         ] {
             check(
                 &service(address),

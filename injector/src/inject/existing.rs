@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::edit::{Edits, Step};
 use super::pod::{Container, List, Object, Pod};
-use super::sidecar::{CONFIG_VARIABLE, Sidecar};
+use super::sidecar::{CONFIG_VARIABLE, Sidecar, volumes};
 use super::{Quantity, Refusal, reserved};
 use crate::settings::{INIT_CONTAINER, PROXY_CONTAINER};
 
@@ -110,7 +110,7 @@ impl<'a> Existing<'a> {
 
     fn add_volumes(&self, sidecar: &Sidecar<'_>, edits: &mut Edits) -> Result<(), Refusal> {
         let mut missing = Vec::new();
-        for (name, wanted) in sidecar.volumes() {
+        for (name, wanted) in volumes() {
             match self.volumes.iter().find(|(existing, _)| *existing == name) {
                 None => missing.push(wanted),
                 Some((_, existing)) => {

@@ -353,7 +353,7 @@ impl Originals {
 
 /// Every probe and hook of a pod: what it was, and what the sidecar asks for it.
 pub(super) struct Probes<'a> {
-    probes: Vec<(Probe<'a>, Original)>,
+    all: Vec<(Probe<'a>, Original)>,
     entries: Map<String, Value>,
     secret: Option<String>,
 }
@@ -366,7 +366,7 @@ impl<'a> Probes<'a> {
         random: &dyn Fn() -> Option<[u8; 32]>,
     ) -> Result<Self, Refusal> {
         let mut originals = Originals::read(pod);
-        let (mut probes, mut entries) = (Vec::new(), Map::new());
+        let (mut all, mut entries) = (Vec::new(), Map::new());
         for probe in Probe::all(pod)? {
             if !is_name(probe.container.name) {
                 let problem = "the container has no name that a path could hold";
@@ -384,21 +384,21 @@ impl<'a> Probes<'a> {
             let fields = original.fields.as_object();
             let entry = probe.entry(original.way, fields.unwrap_or(&Map::new()))?;
             entries.insert(probe.key(), entry);
-            probes.push((probe, original));
+            all.push((probe, original));
         }
-        if probes.len() > PROBES_MAX {
+        if all.len() > PROBES_MAX {
             return Err(Refusal::shape(
                 "the pod",
                 "it has more than 1024 probes and hooks",
             ));
         }
-        let secret = match (existing.secret(), probes.is_empty()) {
+        let secret = match (existing.secret(), all.is_empty()) {
             (Some(secret), _) => Some(secret.to_owned()),
             (None, true) => None,
             (None, false) => Some(hex(&random().ok_or(Refusal::NoRandom)?)),
         };
         Ok(Self {
-            probes,
+            all,
             entries,
             secret,
         })
@@ -407,7 +407,7 @@ impl<'a> Probes<'a> {
     /// Makes each of them ask the sidecar.
     pub(super) fn redirect(&self, edits: &mut Edits) {
         let Some(secret) = &self.secret else { return };
-        for (probe, _) in &self.probes {
+        for (probe, _) in &self.all {
             if !probe.is_redirected(Some(secret)) {
                 probe.ask("httpGet", probe.redirected(secret), edits);
             }
@@ -422,13 +422,13 @@ impl<'a> Probes<'a> {
 
     /// What they were, for the annotation; `None` when there are none.
     pub(super) fn originals(&self) -> Option<String> {
-        if self.probes.is_empty() {
+        if self.all.is_empty() {
             return None;
         }
         let original = |(probe, original): &(Probe<'_>, Original)| {
             (probe.key(), json!({ original.way: original.fields }))
         };
-        let originals: Map<String, Value> = self.probes.iter().map(original).collect();
+        let originals: Map<String, Value> = self.all.iter().map(original).collect();
         Some(Value::Object(originals).to_string())
     }
 }

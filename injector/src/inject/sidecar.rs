@@ -101,28 +101,6 @@ impl Sidecar<'_> {
         })
     }
 
-    /// The volumes, with their names.
-    pub(super) fn volumes(&self) -> [(&'static str, Value); 2] {
-        let token = json!({
-            "name": TOKEN_VOLUME,
-            "projected": {
-                "defaultMode": 0o644,
-                "sources": [{
-                    "serviceAccountToken": {
-                        "audience": TOKEN_AUDIENCE,
-                        "expirationSeconds": TOKEN_LIFETIME.as_secs(),
-                        "path": "token",
-                    },
-                }],
-            },
-        });
-        let bundle = json!({
-            "name": BUNDLE_VOLUME,
-            "configMap": { "defaultMode": 0o644, "name": BUNDLE_CONFIG_MAP },
-        });
-        [(TOKEN_VOLUME, token), (BUNDLE_VOLUME, bundle)]
-    }
-
     fn redirection(&self) -> Vec<String> {
         let mut arguments = vec![
             format!("--inbound-port={INBOUND_PORT}"),
@@ -242,6 +220,28 @@ impl Sidecar<'_> {
         }
         ports
     }
+}
+
+/// The volumes, with their names.
+pub(super) fn volumes() -> [(&'static str, Value); 2] {
+    let token = json!({
+        "name": TOKEN_VOLUME,
+        "projected": {
+            "defaultMode": 0o644,
+            "sources": [{
+                "serviceAccountToken": {
+                    "audience": TOKEN_AUDIENCE,
+                    "expirationSeconds": TOKEN_LIFETIME.as_secs(),
+                    "path": "token",
+                },
+            }],
+        },
+    });
+    let bundle = json!({
+        "name": BUNDLE_VOLUME,
+        "configMap": { "defaultMode": 0o644, "name": BUNDLE_CONFIG_MAP },
+    });
+    [(TOKEN_VOLUME, token), (BUNDLE_VOLUME, bundle)]
 }
 
 /// Whether Kubernetes would take a port's name; the API server refuses the pod otherwise.

@@ -1,4 +1,5 @@
 //! Injection as a whole: what a pod becomes, and what is refused.
+#![allow(clippy::too_many_lines, reason = "tables of cases")]
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -546,7 +547,7 @@ fn a_forgery_of_any_field_is_refused() {
                     value,
                     &format!("{pointer}/{}", key.replace('/', "~1")),
                     found,
-                )
+                );
             }),
             Value::Array(list) => list
                 .iter()

@@ -1,4 +1,4 @@
-//! Where the pods are in what people write: Deployments, CronJobs, lists.
+//! Where the pods are in what people write: deployments, cron jobs, lists.
 //!
 //! Invariant: a kind that makes no pods has no template, whatever its spec looks like.
 
@@ -39,6 +39,9 @@ impl Kind {
     }
 }
 
+/// What is called with each workload.
+pub type Visit<'a, E> = dyn FnMut(&Workload, &mut Value) -> Result<(), E> + 'a;
+
 /// Deepest list within lists.
 const DEPTH_MAX: usize = 8;
 
@@ -48,10 +51,7 @@ const DEPTH_MAX: usize = 8;
 /// # Errors
 ///
 /// The first error of `visit`.
-pub fn templates<E>(
-    document: &mut Value,
-    visit: &mut dyn FnMut(&Workload, &mut Value) -> Result<(), E>,
-) -> Result<(), E> {
+pub fn templates<E>(document: &mut Value, visit: &mut Visit<'_, E>) -> Result<(), E> {
     visit_within(document, DEPTH_MAX, visit)
 }
 
@@ -66,11 +66,7 @@ pub struct Workload {
     pub namespace: Option<String>,
 }
 
-fn visit_within<E>(
-    document: &mut Value,
-    depth: usize,
-    visit: &mut dyn FnMut(&Workload, &mut Value) -> Result<(), E>,
-) -> Result<(), E> {
+fn visit_within<E>(document: &mut Value, depth: usize, visit: &mut Visit<'_, E>) -> Result<(), E> {
     let is_list = document.get("kind").and_then(Value::as_str) == Some("List");
     if let (true, Some(Value::Array(items))) = (is_list && depth > 0, document.get_mut("items")) {
         for item in items {
