@@ -13,7 +13,8 @@ use tonic::Code;
 
 use crate::mesh::{Mesh, connect, controller_id, id};
 use crate::support::{
-    Bed, DEFINITIONS, PODS, POLICIES, Sidecar, TRAFFIC, get, pod, policy, source_of, updates,
+    Bed, DEFINITIONS, PODS, POLICIES, Sidecar, TRAFFIC, get, metrics_say, pod, policy, source_of,
+    updates,
 };
 
 #[tokio::test]
@@ -89,14 +90,19 @@ async fn nothing_is_streamed_before_every_kind_was_listed() {
     let controller = bed.start("a").await;
     let mut web = bed.sidecar("web", controller.address()).await;
     let at = controller.metrics_address();
-    let missing = loop {
-        let (status, text) = get(at, "/readyz").await;
-        assert_eq!(status, 503);
-        if text.ends_with("not listed yet: trafficpolicies\n") {
-            break text;
+    let waiting = async {
+        loop {
+            let (status, text) = get(at, "/readyz").await;
+            assert_eq!(status, 503);
+            if text.ends_with("not listed yet: trafficpolicies\n") {
+                return text;
+            }
+            tokio::task::yield_now().await;
         }
-        tokio::task::yield_now().await;
     };
+    let missing = tokio::time::timeout(crate::PATIENCE, waiting)
+        .await
+        .unwrap();
     assert!(web.is_silent().await, "{missing}");
     bed.cluster.fail(TRAFFIC, false);
     let first = web.answer().await;
@@ -235,9 +241,7 @@ async fn a_slow_reader_gets_the_latest_state_and_not_each_that_there_was() {
         "sidegate_controller_watch_events_total{{kind=\"authorizationpolicies\"}} {}",
         CHANGES + 2
     );
-    while !get(at, "/metrics").await.1.contains(&heard) {
-        tokio::task::yield_now().await;
-    }
+    metrics_say(at, &heard).await;
     let mut responses = 0;
     loop {
         let answer = web.answer().await;
@@ -269,9 +273,7 @@ async fn a_definition_that_vanishes_is_a_lost_source_and_not_an_empty_one() {
     bed.cluster.delete(POLICIES, "shop", "mine");
     let at = controller.metrics_address();
     let lost = "sidegate_controller_source_lost{kind=\"authorizationpolicies\"} 1";
-    while !get(at, "/metrics").await.1.contains(lost) {
-        tokio::task::yield_now().await;
-    }
+    metrics_say(at, lost).await;
     assert!(web.is_silent().await, "nothing is taken away");
     let mut again = bed.sidecar("web", controller.address()).await;
     assert_eq!(

@@ -244,3 +244,14 @@ pub async fn get(address: SocketAddr, path: &str) -> (u16, String) {
     let status = text.split(' ').nth(1).unwrap().parse().unwrap();
     (status, text)
 }
+
+/// Waits until the metrics say this.
+pub async fn metrics_say(address: SocketAddr, words: &str) {
+    let waiting = async {
+        while !get(address, "/metrics").await.1.contains(words) {
+            tokio::task::yield_now().await;
+        }
+    };
+    let waited = tokio::time::timeout(crate::PATIENCE, waiting).await;
+    waited.unwrap_or_else(|_| panic!("the metrics never said: {words}"));
+}
