@@ -49,28 +49,19 @@ pub(super) fn controller() -> Vec<Value> {
         rule(
             "",
             &["namespaces", "nodes", "pods", "services"],
-            &["get", "list", "watch"],
+            &["list", "watch"],
         ),
-        rule(
-            "discovery.k8s.io",
-            &["endpointslices"],
-            &["get", "list", "watch"],
-        ),
-        rule(
-            "networking.k8s.io",
-            &["servicecidrs"],
-            &["get", "list", "watch"],
-        ),
-        rule(GROUP, &plurals, &["get", "list", "watch"]),
-        rule(GROUP, &statuses, &["patch", "update"]),
+        rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
+        rule("networking.k8s.io", &["servicecidrs"], &["list", "watch"]),
+        rule(GROUP, &plurals, &["list", "watch"]),
+        rule(GROUP, &statuses, &["patch"]),
         named(
             "apiextensions.k8s.io",
             "customresourcedefinitions",
             &definitions,
-            &["get", "list", "watch"],
+            &["get"],
         ),
-        rule("", &["events"], &["create", "patch"]),
-        rule("events.k8s.io", &["events"], &["create", "patch"]),
+        rule("events.k8s.io", &["events"], &["create"]),
     ];
     let own = vec![
         rule("coordination.k8s.io", &["leases"], &["create"]),
@@ -78,7 +69,7 @@ pub(super) fn controller() -> Vec<Value> {
             "coordination.k8s.io",
             "leases",
             &[CONTROLLER],
-            &["get", "update", "patch"],
+            &["get", "update"],
         ),
     ];
     account(CONTROLLER, &cluster, &own)
@@ -86,7 +77,7 @@ pub(super) fn controller() -> Vec<Value> {
 
 /// The injector looks at namespaces, and keeps the roots of its two configurations current.
 pub(super) fn injector() -> Vec<Value> {
-    let verbs = &["get", "list", "watch", "patch", "update"];
+    let verbs = &["get", "list", "watch", "patch"];
     let group = "admissionregistration.k8s.io";
     let cluster = vec![
         rule("", &["namespaces"], &["get", "list", "watch"]),
