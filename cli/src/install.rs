@@ -181,7 +181,9 @@ impl InstallArgs {
         }
         let images = &mut plan.injection.images;
         if let Some(registry) = &self.image_registry {
-            images.registry = registry.trim_end_matches('/').to_owned();
+            registry
+                .trim_end_matches('/')
+                .clone_into(&mut images.registry);
         }
         if let Some(tag) = &self.image_tag {
             images.tag.clone_from(tag);

@@ -104,7 +104,7 @@ fn a_healthy_namespace_has_no_trouble() {
 fn a_namespace_that_is_not_in_the_mesh_is_told_how() {
     check_trouble(
         |facts| {
-            facts.namespaces[0] = namespace(&json!({ "sidegate.dev/inject": "no" }), &json!({}))
+            facts.namespaces[0] = namespace(&json!({ "sidegate.dev/inject": "no" }), &json!({}));
         },
         &[("namespace", Level::Wrong)],
     );
