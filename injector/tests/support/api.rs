@@ -126,8 +126,8 @@ impl FakeApi {
                 }
             }
             (Method::PATCH, Some(name)) => {
-                let patch: Value = serde_json::from_slice(&body).unwrap();
-                state.patch(resource, &name, &patch)
+                let change: Value = serde_json::from_slice(&body).unwrap();
+                state.patch(resource, &name, &change)
             }
             (method, _) => panic!("{method} {path}"),
         })
