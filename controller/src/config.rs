@@ -315,6 +315,6 @@ mod tests {
     fn impossible_values_are_refused() {
         check_refused("lease: { duration: 5s, interval: 2s }", "lease.duration");
         check_refused("limits: { sidecarsMax: 0 }", "limits.sidecarsMax");
-        check_refused("podCidrs: [10.245.0.0]", "podCidrs");
+        check_refused("podCidrs: [10.245.0.0]", "controller.yaml:1:12: invalid");
     }
 }
