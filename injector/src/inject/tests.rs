@@ -635,6 +635,31 @@ fn a_forged_addition_or_omission_is_refused() {
 }
 
 #[test]
+fn a_forged_configuration_is_refused_wherever_it_differs() {
+    let once = injected(&probed());
+    for (key, forged) in [
+        (
+            "workload",
+            json!({ "namespace": "shop", "serviceAccount": "admin" }),
+        ),
+        (
+            "ca",
+            json!({ "address": "evil.example:1", "root": "/tmp/root.pem" }),
+        ),
+        ("controller", json!({ "address": "evil.example:1" })),
+        ("plaintextPorts", json!([8080])),
+        ("admin", json!({ "address": "0.0.0.0:19000" })),
+        ("log", json!({ "path": "/dev/null" })),
+    ] {
+        let mut config = config(&once);
+        config[key] = forged;
+        let mut pod = once.clone();
+        pod["spec"]["initContainers"][1]["env"][0]["value"] = config.to_string().into();
+        check_refused(&pod, "env differs");
+    }
+}
+
+#[test]
 fn entries_are_never_taken_over_from_a_pod() {
     let mut forged = injected(&probed());
     let value = &mut forged["spec"]["initContainers"][1]["env"][0]["value"];
