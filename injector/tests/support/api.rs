@@ -93,7 +93,7 @@ impl FakeApi {
         let (head, body) = request.into_parts();
         let path = head.uri.path().to_owned();
         let (_, path) = path.split_once("/v1/").unwrap();
-        let (resource, name) = match path.split_once('/') {
+        let (resource, named) = match path.split_once('/') {
             Some((resource, name)) => (resource, Some(name.to_owned())),
             None => (path, None),
         };
@@ -110,7 +110,7 @@ impl FakeApi {
                 "ServiceUnavailable",
             ));
         }
-        Ok(match (head.method, name) {
+        Ok(match (head.method, named) {
             (Method::GET, None) if query.contains("watch=true") => {
                 let (sender, answer) = open(StatusCode::OK);
                 state.replay(resource, selected.as_deref(), &query, &sender);
