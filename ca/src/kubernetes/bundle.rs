@@ -11,7 +11,7 @@
 //! change nothing. Before it puts something right, a replica looks at the Secret: what differs from
 //! its own roots may be what another replica has just changed.
 //!
-//! Invariant: at most [`APPLIES_MAX`] requests at a time; a namespace that refuses is tried again
+//! Invariant: at most `APPLIES_MAX` requests at a time; a namespace that refuses is tried again
 //! after a wait that grows, and delays no other.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -3,7 +3,7 @@
 //! Nothing here is believed: the signature is the API server's to check. But a token that says of
 //! itself that it is for somebody else, or over, is not worth a review.
 //!
-//! Invariant: pure, and bounded by [`TOKEN_BYTES_MAX`].
+//! Invariant: pure, and bounded by `TOKEN_BYTES_MAX`.
 
 use std::time::SystemTime;
 
