@@ -647,20 +647,21 @@ impl Config {
                 "write for example `mesh.local`",
             );
         }
-        let names = [
-            ("workload.namespace", &workload.namespace),
-            ("workload.serviceAccount", &workload.service_account),
-        ];
-        for (field, name) in names {
-            if !is_label(name) {
-                let message = format!("`{name}` is not a name");
-                fault(
-                    faults,
-                    field,
-                    message,
-                    "use a-z, 0-9 and `-`, 1 to 63 characters",
-                );
-            }
+        if !is_label(&workload.namespace) {
+            fault(
+                faults,
+                "workload.namespace",
+                format!("`{}` is not a name", workload.namespace),
+                "use a-z, 0-9 and `-`, 1 to 63 characters",
+            );
+        }
+        if !is_subdomain(&workload.service_account) {
+            fault(
+                faults,
+                "workload.serviceAccount",
+                format!("`{}` is not a name", workload.service_account),
+                "use labels of a-z, 0-9 and `-`, with dots between them",
+            );
         }
     }
 
@@ -886,6 +887,11 @@ fn is_host_port(address: &str) -> bool {
         (!host.is_empty()).then(|| port.parse::<u16>().ok().filter(|port| *port != 0))?
     });
     port.is_some()
+}
+
+/// Whether this is a DNS subdomain, as Kubernetes names service accounts: `team.builder`.
+fn is_subdomain(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 /// Whether this is a DNS label, as Kubernetes names namespaces, services and ports.

@@ -60,6 +60,13 @@ fn a_complete_configuration_is_accepted() {
 }
 
 #[test]
+fn a_service_account_may_have_dots_as_in_a_cluster() {
+    let text = COMPLETE.replace("serviceAccount: orders", "serviceAccount: team.builder");
+    let config = Config::from_yaml("orders.yaml", &text).unwrap();
+    assert_eq!(config.workload.service_account, "team.builder");
+}
+
+#[test]
 fn an_unknown_or_missing_key_is_refused_with_its_place() {
     check(
         "workers: 2",
@@ -109,6 +116,11 @@ fn what_could_not_run_is_refused_with_its_place() {
         (
             "serviceAccount: orders",
             "serviceAccount: ''",
+            "4:19: `workload.serviceAccount`",
+        ),
+        (
+            "serviceAccount: orders",
+            "serviceAccount: team..orders",
             "4:19: `workload.serviceAccount`",
         ),
         (
