@@ -227,6 +227,7 @@ mod tests {
         socket2::SockRef::from(&stream)
             .set_linger(Some(Duration::ZERO))
             .unwrap();
+        drop(stream);
     }
 
     #[tokio::test]
