@@ -50,7 +50,7 @@ def audit_look_enforce(cluster):
     cluster.kubectl("annotate", "namespace", NS, "sidegate.dev/enforcement=enforce", "--overwrite")
     until("enforced", lambda: cluster.call(NS, "guest", "http", url).get("status") == 403, seconds=20)
     told = cluster.call(NS, "unmeshed", "http", url)
-    expect("status" not in told, "a caller without a sidecar is refused", told)
+    expect(told.get("headers", {}).get("sidegate-error") == "plaintext", "a caller without a sidecar is refused", told)
     load.more(100)
     print(f"      audit to enforce: {load.stop_without_failure()} calls of a meshed caller, none failed")
     cluster.leave(NS)

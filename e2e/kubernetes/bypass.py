@@ -54,9 +54,9 @@ def unmeshed_is_refused(cluster):
     for port in (19000, 19001):
         code, said = curl(cluster, "outside", f"http://{address}:{port}/config")
         expect(code != 0, "a port that listens on loopback only", port, said)
-    code, said = cluster.exec(NS, "outside", "app", "sh", "-c",
-                              f"echo | openssl s_client -connect {address}:19006 -alpn sidegate/1 -tls1_3 2>&1; true", code=None)
-    expect("Verify return code: 0" not in said, said)
+    ask = f"printf 'GET /orders/7 HTTP/1.1\\r\\nHost: orders\\r\\n\\r\\n' | openssl s_client -connect {address}:19006 -alpn sidegate/1 -tls1_3 -ign_eof 2>&1"
+    _, said = cluster.exec(NS, "outside", "app", "sh", "-c", ask, code=None)
+    expect("CONNECTED" in said and '"item"' not in said, said)
 
 
 @check

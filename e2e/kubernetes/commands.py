@@ -29,7 +29,7 @@ def setup(cluster):
 def logs(cluster):
     """`sidegate logs` merges a namespace's sidecars in time order, chooses, and follows pods that are new"""
     setup(cluster)
-    rows = [json.loads(line) for line in cluster.sidegate("logs", "-n", NS, "-o", "json").splitlines()]
+    rows = [json.loads(line) for line in cluster.sidegate("logs", "-n", NS, "--direction", "all", "-o", "json").splitlines()]
     times = [row["time"] for row in rows if "time" in row]
     expect(times == sorted(times) and len(rows) >= 4, times)
     directions = {row.get("direction") for row in rows}
@@ -106,7 +106,7 @@ def top(cluster):
     try:
         watcher.await_outcome(200)
         out = until("the pair is shown", lambda: _shown(cluster))[0]
-        expect("orders" in out, out)
+        expect(f"{NS}/server" in out, out)
     finally:
         watcher.stop()
 

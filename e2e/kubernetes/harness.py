@@ -279,7 +279,7 @@ def container(image, args, name="app", port=None, **more):
 
 def pod_spec(*containers, service_account="default", **more):
     return {"serviceAccountName": service_account, "automountServiceAccountToken": False,
-            "terminationGracePeriodSeconds": 20, "containers": list(containers), **more}
+            "containers": list(containers), **more}
 
 
 def pod(namespace, name, *containers, labels=None, annotations=None, **more):

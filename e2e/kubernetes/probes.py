@@ -85,7 +85,7 @@ def every_probe(cluster):
     cluster.apply(pod(nobody, "out", container(cluster.images.shop, ["ledger", "--listen", "127.0.0.1:6379"])))
     cluster.await_pods(nobody, "out")
     told = cluster.call(nobody, "out", "http", f"http://{item['status']['podIP']}:8080/live")
-    expect("status" not in told, "nothing but the kubelet's probes is served", told)
+    expect(told.get("headers", {}).get("sidegate-error") == "plaintext", "nothing but the kubelet's probes is served", told)
     told = cluster.call(nobody, "out", "http", f"http://{item['status']['podIP']}:19021/probe/app/readiness")
     expect(told.get("status") != 200, "a probe without the pod's secret is no probe", told)
     cluster.leave(nobody)

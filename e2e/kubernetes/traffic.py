@@ -107,7 +107,7 @@ def mariadb(cluster):
     """a real MariaDB across nodes: allowed for one, refused for another, port known by its number"""
     setup(cluster)
     database = container(cluster.images.mariadb, [], port=("mysql", 3306), command=["sh", "-ec", """
-        mariadb-install-db --user=mysql --datadir=/tmp/data --auth-root-authentication-method=normal >/dev/null
+        mariadb-install-db --user=mysql --datadir=/tmp/data --auth-root-authentication-method=normal --skip-test-db >/dev/null
         exec mariadbd --user=mysql --datadir=/tmp/data --socket=/tmp/mysql.sock --pid-file=/tmp/mysql.pid --bind-address=0.0.0.0 \\
             --init-file=/config/init.sql --skip-log-error"""],
         volumeMounts=[{"name": "config", "mountPath": "/config"}],

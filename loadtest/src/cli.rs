@@ -127,7 +127,7 @@ pub(crate) struct Run {
 #[derive(Args, Debug)]
 pub(crate) struct Output {
     /// What to print on standard output.
-    #[arg(short, long = "output", value_enum, default_value_t = Format::Table)]
+    #[arg(short = 'o', long = "output", value_enum, default_value_t = Format::Table)]
     format: Format,
     /// Write results.json, index.html and the pictures into this folder (compare: `report`).
     #[arg(long, value_name = "DIR")]
