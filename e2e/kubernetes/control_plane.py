@@ -111,3 +111,31 @@ def no_pod_past_a_dead_injector(cluster):
 def _injected(cluster):
     status, answer = cluster.request("POST", f"/api/v1/namespaces/{NS}/pods?dryRun=All", caller(cluster, NS, "dry"))
     return status == 201 and is_meshed(answer)
+
+
+@check
+def either_replica_may_die(cluster):
+    """with two replicas each, either one of controller and CA is killed under load: no call fails, a policy is live, a pod starts"""
+    setup(cluster)
+    load = Load(cluster, NS, "doubled", f"http://orders.{NS}/orders/7", service_account="friend")
+    cluster.kubectl("apply", "-f", "-", stdin=cluster.sidegate("install", "--ha", *cluster.images.flags))
+    try:
+        cluster.await_rollout(SYSTEM, *WORKLOADS)
+        for which in ("statefulset/sidegate-ca", "deployment/sidegate-controller"):
+            items = cluster.pods(SYSTEM, f"app.kubernetes.io/name={name_of(which)}")
+            expect(len(items) == 2, which, [item["metadata"]["name"] for item in items])
+            for at, item in enumerate(items):
+                cluster.kubectl("-n", SYSTEM, "delete", "pod", "--grace-period=0", "--force", item["metadata"]["name"])
+                # At once, with the other one alone; the sidecars of a dead controller find it.
+                name = f"{name_of(which)}-{at}"
+                cluster.apply(cluster.allow(NS, name, "orders", "http", ["friend"], ANY_HTTP),
+                              caller(cluster, NS, name, service_account="friend"))
+                cluster.live(NS, name, seconds=60)
+                cluster.await_pods(NS, name)
+                cluster.await_rollout(SYSTEM, which)
+        load.more(100)
+        print(f"      {load.stop_without_failure()} calls, none failed")
+    finally:
+        cluster.kubectl("apply", "-f", "-", stdin=cluster.sidegate("install", *cluster.images.flags))
+        cluster.kubectl("-n", SYSTEM, "delete", "poddisruptionbudgets", "--all")
+        cluster.await_rollout(SYSTEM, *WORKLOADS)
