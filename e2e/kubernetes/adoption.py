@@ -27,7 +27,13 @@ def audit_look_enforce(cluster):
     load = Load(cluster, NS, "meshed", url, service_account="friend")
     load.more(200)
 
-    # Look: what would have been refused is on record, with its reason, of both kinds of caller.
+    # Look: what would have been refused is on record, with its reason, of both kinds of caller. `plain` keeps the
+    # connections that it has, to the old pods; a caller that connects now may come to the new ones.
+    cluster.apply(caller(cluster, NS, "unmeshed", service_account="friend", labels={"sidegate.dev/inject": "disabled"}))
+    cluster.await_pods(NS, "unmeshed")
+    for _ in range(12):
+        told = cluster.call(NS, "unmeshed", "http", url)
+        expect(told.get("status") == 200, "audit takes plaintext", told)
     cluster.record(NS, "part=new", decision="would_deny", source=workload("friend", NS))
     cluster.record(NS, "part=new", lambda record: "source" not in record, decision="would_deny")
     cluster.apply(cluster.allow(NS, "orders", "orders", "http", ["friend"], ANY_HTTP))
@@ -42,9 +48,8 @@ def audit_look_enforce(cluster):
     cluster.await_rollout(NS, "deployment/new")
     cluster.kubectl("-n", NS, "delete", "deployment", "old", "--wait=true", "--timeout=60s")
     load.more(100)
-    cluster.apply(caller(cluster, NS, "guest", service_account="guest"),
-                  caller(cluster, NS, "unmeshed", service_account="friend", labels={"sidegate.dev/inject": "disabled"}))
-    cluster.await_pods(NS, "guest", "unmeshed")
+    cluster.apply(caller(cluster, NS, "guest", service_account="guest"))
+    cluster.await_pods(NS, "guest")
     told = cluster.call(NS, "guest", "http", url)
     expect(told.get("status") == 200, "audit serves what no policy admits", told)
     cluster.kubectl("annotate", "namespace", NS, "sidegate.dev/enforcement=enforce", "--overwrite")

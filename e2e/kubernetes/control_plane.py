@@ -63,12 +63,14 @@ def without_a_controller(cluster):
         expect(error in (None, "destination_unknown"), told)
         cluster.record(NS, "before", error="destination_unknown")
         cluster.apply(caller(cluster, NS, "after", service_account="friend"))
-        until("the sidecar has started", lambda: _sidecar(cluster, "after").get("state", {}).get("running"))
+        until("the sidecar has started", lambda: _started(cluster, "after"))
         item = cluster.pod(NS, "after")
         expect(is_meshed(item), "injected")
         statuses = item["status"].get("containerStatuses", [])
         expect(not any(each["ready"] for each in statuses), "not ready", statuses)
         load.more(100)
+        statuses = cluster.pod(NS, "after")["status"].get("containerStatuses", [])
+        expect(not any(each["ready"] for each in statuses), "still not ready", statuses)
     finally:
         scale(cluster, "deployment/sidegate-controller", replicas)
     cluster.await_rollout(SYSTEM, "deployment/sidegate-controller")
@@ -79,9 +81,10 @@ def without_a_controller(cluster):
     cluster.kubectl("-n", NS, "delete", "pod", "before", "after", "--wait=false")
 
 
-def _sidecar(cluster, name):
-    statuses = cluster.pod(NS, name)["status"].get("initContainerStatuses", [])
-    return next((each for each in statuses if each["name"] == "sidegate-proxy"), {})
+def _started(cluster, name):
+    """Whether the kubelet has started the sidecar; its status says so only after postStart."""
+    events = cluster.get(f"/api/v1/namespaces/{NS}/events?fieldSelector=involvedObject.name%3D{name},reason%3DStarted")["items"]
+    return any("sidegate-proxy" in event["involvedObject"].get("fieldPath", "") for event in events)
 
 
 def _ok(told):

@@ -111,32 +111,47 @@ def first_line(cluster, namespace, name, which):
 
 @check
 def startup_figures(cluster):
-    """label and restart to ready takes under 10 s above the pods' own start; the application starts under 0.5 s after its sidecar"""
+    """label and restart to ready takes under 10 s above the pods' own start; the application starts under 0.5 s later than beside an empty sidecar"""
     namespace = cluster.namespace("e2e-start", meshed=False)
     app = lambda: shop_container(cluster, "orders", 8080)
     clock = Clock(cluster, namespace)
     cluster.apply(deployment(namespace, "orders", app()))
     cluster.await_rollout(namespace, "deployment/orders")
     own = clock.restart()
+    # The kubelet looks once a second whether one container may follow another. That is not the mesh's, so the
+    # measure is a pod with the same containers that do nothing.
+    says = lambda name, more: container(cluster.images.tools, ["-c", f"echo {name}; {more}"], command=["sh"], name=name)
+    hook = {"postStart": {"exec": {"command": ["true"]}}}
+    empty = dict(says("empty", "trap 'exit 0' TERM; while :; do sleep 1 & wait; done"), restartPolicy="Always", lifecycle=hook)
+    cluster.apply(deployment(namespace, "orders", app(), initContainers=[says("first", "true"), empty]))
+    cluster.await_rollout(namespace, "deployment/orders")
+    beside_empty = delays(cluster, namespace, clock, "empty")
+    cluster.apply(deployment(namespace, "orders", app()))
+    cluster.await_rollout(namespace, "deployment/orders")
     started = clock.now()
     cluster.kubectl("label", "namespace", namespace, "sidegate.dev/inject=enabled")
     cluster.await_bundle(namespace)
     labelled = clock.now() - started
     meshed = clock.restart() + labelled
-    (item,) = cluster.pods(namespace)
-    expect(is_meshed(item), "meshed")
-    delays = []
-    for _ in range(5):
-        item = until("one pod", lambda: _only(cluster.pods(namespace)))[0]
-        name = item["metadata"]["name"]
-        delay = first_line(cluster, namespace, name, "app") - first_line(cluster, namespace, name, "sidegate-proxy")
-        delays.append(delay.total_seconds())
-        clock.restart()
-    print(f"      restart to ready: {own:.1f} s alone, {meshed:.1f} s with label and sidecar; "
-          f"application after its sidecar: {', '.join(f'{each * 1000:.0f}' for each in delays)} ms")
+    beside_ours = delays(cluster, namespace, clock, "sidegate-proxy")
+    shown = lambda seconds: ", ".join(f"{each * 1000:.0f}" for each in seconds)
+    print(f"      restart to ready: {own:.1f} s alone, {meshed:.1f} s with label and sidecar")
+    print(f"      application after its sidecar: {shown(beside_ours)} ms; after one that does nothing: {shown(beside_empty)} ms")
     expect(meshed - own < STARTUP_SECONDS_MAX, own, meshed)
-    expect(statistics.median(delays) < DELAY_SECONDS_MAX, delays)
+    expect(statistics.median(beside_ours) - statistics.median(beside_empty) < DELAY_SECONDS_MAX, beside_ours, beside_empty)
     cluster.leave(namespace)
+
+
+def delays(cluster, namespace, clock, sidecar):
+    """The seconds between the first lines of a sidecar and of its application, of five restarts."""
+    found = []
+    for _ in range(5):
+        clock.restart()
+        item = until("one pod", lambda: _only(cluster.pods(namespace)))[0]
+        expect(is_meshed(item) == (sidecar == "sidegate-proxy"), item["metadata"]["name"], "is not what is measured")
+        name = item["metadata"]["name"]
+        found.append((first_line(cluster, namespace, name, "app") - first_line(cluster, namespace, name, sidecar)).total_seconds())
+    return found
 
 
 def _only(items):
