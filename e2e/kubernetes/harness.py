@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -346,7 +347,12 @@ class Load:
         cluster.await_pods(namespace, name)
         self.log = subprocess.Popen(["kubectl", "-n", namespace, "logs", "-f", name, "-c", "app"],
                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.beside = None
         if meshed:
+            # For telling what became of a call that failed; kubectl has no log of a pod that is gone.
+            self.beside = tempfile.TemporaryFile("w+")
+            self.follow = subprocess.Popen(["kubectl", "-n", namespace, "logs", "-f", name, "-c", "sidegate-proxy"],
+                                           stdout=self.beside, stderr=subprocess.DEVNULL)
             until(f"{name} calls", lambda: self.calls() > rate / 5)
 
     def calls(self):
@@ -368,11 +374,23 @@ class Load:
         expect(begin >= 0, self.name, "told no figures:", text[-2000:])
         return json.JSONDecoder().raw_decode(text[begin:])[0]["runs"][0]
 
+    def odd_lines(self, most=12):
+        """What its sidecar wrote beside calls that were answered with 200."""
+        if not self.beside:
+            return []
+        try:
+            self.follow.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.follow.kill()
+        self.beside.seek(0)
+        odd = [line.strip() for line in self.beside if '"status":200' not in line or '"error"' in line]
+        return ["\n      its sidecar said:", *[f"\n      {line}" for line in odd[-most:]]]
+
     def stop_without_failure(self, least=100):
         """Ends it; every call must have been answered with 200. Returns how many that were."""
         told = self.stop()
         counts = told["counts"]
-        facts = (self.name, counts, told["errors"], told["statuses"])
+        facts = (self.name, counts, told["errors"], told["statuses"], *self.odd_lines())
         expect(counts["failed"] == 0 and counts["unfinished"] == 0 and counts["missed"] == 0, *facts)
         expect(set(told["statuses"]) == {"200"}, *facts)
         expect(counts["answered"] >= least, *facts)

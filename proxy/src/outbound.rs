@@ -226,14 +226,14 @@ impl Outbound {
     }
 
     /// A connection on which nobody has spoken yet: the server may be the first. Where the called
-    /// side carries no bytes, the application may still have something to say in HTTP.
+    /// side carries no bytes, or the application is the first after all, it may speak HTTP.
     async fn serve_silent(self: &Arc<Self>, stream: Prefixed<Abortable>, connection: Connection) {
         let Some((stream, connection)) = self.try_tcp(stream, connection).await else {
             return;
         };
         let patience = self.guard.head_timeout;
         let clock = &*self.shared.clock;
-        match detect::protocol(stream, clock, patience, Expected::Http).await {
+        match detect::protocol_of(stream, clock, patience, Expected::Http).await {
             Ok((Detected::Http2, stream)) => self.serve_http2(stream, connection).await,
             Ok((Detected::Http1, stream)) => self.serve_http1(stream, connection).await,
             // It was told already, and is on record: it is reset.

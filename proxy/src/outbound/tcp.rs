@@ -4,6 +4,7 @@
 //! before the other sidecar has accepted the tunnel; an application whose tunnel failed sees a
 //! reset, never a clean end.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::OnceLock;
 
@@ -13,11 +14,12 @@ use http::{Method, Request, StatusCode, Uri, Version};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use sidegate_mesh::access_log::Protocol;
+use tokio::io::AsyncWriteExt;
 
 use super::destination::Destined;
 use super::{Connection, Outbound, note_refusal};
 use crate::call::Call;
-use crate::detect::Prefixed;
+use crate::detect::{self, Detected, Expected, Prefixed};
 use crate::error::{RequestError, reason_words};
 use crate::forward::{Answer, Held, Outgoing, Start};
 use crate::limits::Permit;
@@ -32,6 +34,19 @@ pub(super) struct Upgraded {
     pub(super) recv: RecvStream,
 }
 
+/// A tunnel that the other sidecar has accepted.
+struct Open {
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    held: (Held, Permit),
+}
+
+/// Who spoke first in a tunnel.
+enum First {
+    Called(Option<Result<Bytes, h2::Error>>),
+    Caller(io::Result<usize>),
+}
+
 impl Outbound {
     /// Carries an opaque connection to where it goes.
     pub(super) async fn serve_tcp(
@@ -39,54 +54,114 @@ impl Outbound {
         io: Prefixed<Abortable>,
         connection: Connection,
     ) {
-        if let Some((io, connection)) = self.try_tcp(io, connection).await {
-            connection.abort.arm();
-            drop(io);
-        }
-    }
-
-    /// As [`Self::serve_tcp`]; the connection comes back, its first bytes aside, when the called
-    /// side does not carry it.
-    pub(super) async fn try_tcp(
-        self: &Arc<Self>,
-        io: Prefixed<Abortable>,
-        connection: Connection,
-    ) -> Option<(Abortable, Connection)> {
         let mut call = self.begin(connection.address);
         call.record().protocol = Protocol::Tcp;
         // Until the tunnel has ended well, whatever closes the connection resets it.
         connection.abort.arm();
-        let (leading, io) = io.into_parts();
-        match self.open_tunnel(&mut call, &connection.destined).await {
-            Ok((answer, _permit)) => {
-                let Answer {
-                    send,
-                    recv,
-                    held: _held,
-                    ..
-                } = answer;
-                let Some(send) = send else {
-                    fail(call, &RequestError::NotCarried { reason: "opaque" });
-                    return None;
-                };
-                let tunnel = TunnelIo {
-                    io,
-                    leading,
-                    abort: connection.abort,
-                };
-                self.carry(tunnel, send, recv, call).await;
-                None
-            }
+        match self.open_bytes(&mut call, &connection.destined).await {
+            Ok(open) => self.carry_open(open, io, connection.abort, call).await,
+            Err(error) => fail(call, &error),
+        }
+    }
+
+    /// Carries a connection on which nobody has spoken if the application at the other end speaks
+    /// first, or what its caller says after all is no HTTP. Else it comes back, to be served by
+    /// what it says: the called side carries no bytes, or they are HTTP.
+    pub(super) async fn try_tcp(
+        self: &Arc<Self>,
+        mut io: Prefixed<Abortable>,
+        connection: Connection,
+    ) -> Option<(Prefixed<Abortable>, Connection)> {
+        let mut call = self.begin(connection.address);
+        call.record().protocol = Protocol::Tcp;
+        connection.abort.arm();
+        let mut open = match self.open_bytes(&mut call, &connection.destined).await {
+            Ok(open) => open,
             Err(error) => {
                 let denied = error == RequestError::DeniedByPeer;
                 fail(call, &error);
-                if !denied || !leading.is_empty() {
+                if !denied {
                     return None;
                 }
                 connection.abort.disarm();
-                Some((io, connection))
+                return Some((io, connection));
+            }
+        };
+        let first = tokio::select! {
+            biased;
+            said = open.recv.data() => First::Called(said),
+            read = io.read_ahead() => First::Caller(read),
+        };
+        match first {
+            First::Called(said) => {
+                if let Err(error) = hand_on(said, &mut open.recv, &mut io, &call).await {
+                    fail(call, &error);
+                    return None;
+                }
+            }
+            // An end without a word is an end, and goes to the other side as such.
+            First::Caller(Ok(0) | Err(_)) => {}
+            First::Caller(Ok(_)) => {
+                let (clock, patience) = (&*self.shared.clock, self.guard.head_timeout);
+                let detected = detect::protocol_of(io, clock, patience, Expected::Anything).await;
+                let Ok((detected, read)) = detected else {
+                    fail(call, &RequestError::PeerReset { reason: None });
+                    return None;
+                };
+                if matches!(detected, Detected::Http1 | Detected::Http2) {
+                    self.give_up(open, call);
+                    connection.abort.disarm();
+                    return Some((read, connection));
+                }
+                io = read;
             }
         }
+        self.carry_open(open, io, connection.abort, call).await;
+        None
+    }
+
+    /// Ends a tunnel in which nothing was said: it was opened for a caller that speaks HTTP.
+    fn give_up(&self, open: Open, call: Call) {
+        let clock = Arc::clone(&self.shared.clock);
+        let patience = self.guard.head_timeout;
+        self.shared.drain.tasks().spawn(async move {
+            let Open {
+                mut send,
+                mut recv,
+                held,
+            } = open;
+            if send.send_data(Bytes::new(), true).is_ok() {
+                // The application closes in its turn; a tunnel that does not end is reset.
+                let ended = async { while recv.data().await.is_some_and(|data| data.is_ok()) {} };
+                tokio::select! {
+                    () = ended => {}
+                    () = clock.sleep(patience) => {}
+                }
+            }
+            drop(held);
+            call.finish();
+        });
+    }
+
+    async fn open_bytes(&self, call: &mut Call, destined: &Destined) -> Result<Open, RequestError> {
+        let (answer, permit) = self.open_tunnel(call, destined).await?;
+        let Answer {
+            send, recv, held, ..
+        } = answer;
+        let send = send.ok_or(RequestError::NotCarried { reason: "opaque" })?;
+        Ok(Open {
+            send,
+            recv,
+            held: (held, permit),
+        })
+    }
+
+    async fn carry_open(&self, open: Open, io: Prefixed<Abortable>, abort: Abort, call: Call) {
+        let Open { send, recv, held } = open;
+        let (leading, io) = io.into_parts();
+        self.carry(TunnelIo { io, leading, abort }, send, recv, call)
+            .await;
+        drop(held);
     }
 
     async fn open_tunnel(
@@ -181,6 +256,27 @@ impl Outbound {
             TunnelEnd::Idle => fail(call, &RequestError::Idle),
         }
     }
+}
+
+/// Gives the caller what the application said first.
+async fn hand_on(
+    said: Option<Result<Bytes, h2::Error>>,
+    recv: &mut RecvStream,
+    io: &mut Prefixed<Abortable>,
+    call: &Call,
+) -> Result<(), RequestError> {
+    let said = match said {
+        Some(Ok(said)) => said,
+        Some(Err(error)) => return Err(reset(error.reason())),
+        None => return Ok(()),
+    };
+    io.write_all(&said)
+        .await
+        .map_err(|_gone| RequestError::PeerReset { reason: None })?;
+    call.counters().add_response(said.len());
+    // A failure means that the stream is gone, which the next read reports.
+    drop(recv.flow_control().release_capacity(said.len()));
+    Ok(())
 }
 
 fn reset(reason: Option<h2::Reason>) -> RequestError {

@@ -408,3 +408,40 @@ async fn loops_and_our_own_ports_are_refused_and_logged() {
     let record = web.record(|_| true).await;
     assert_eq!(record.reason.as_deref(), Some("not_redirected"));
 }
+
+#[tokio::test]
+async fn a_caller_that_connects_early_and_speaks_http_late_is_read_as_such() {
+    let cluster = Cluster::new();
+    let (web, orders) = (
+        cluster.pod("web", "").await,
+        cluster.pod("orders", "").await,
+    );
+    // Where bytes are carried too: without a policy, in a namespace that audits.
+    orders.audit("");
+    let (opened, mut openings) = tokio::sync::mpsc::unbounded_channel();
+    app::raw(orders.at(8080), move |mut stream| {
+        let opened = opened.clone();
+        async move {
+            opened.send(()).unwrap();
+            let mut head = [0; 512];
+            if stream.read(&mut head).await.is_ok_and(|read| read > 0) {
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+                stream.write_all(answer).await.unwrap();
+            }
+        }
+    })
+    .await;
+    web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
+        .await;
+    let mut stream = web.connect(service()).await;
+    // Its silence was taken for that of a client whose server speaks first.
+    soon(openings.recv()).await.unwrap();
+    assert_eq!(get(&mut stream, "/late").await.status, 200);
+    let late = |record: &sidegate_mesh::access_log::Record| record.path.is_some();
+    let record = orders.record(late).await;
+    assert_eq!(record.protocol, Protocol::Http1, "{record:?}");
+    assert_eq!(record.path.as_deref(), Some("/late"));
+    assert_eq!(record.decision, Some(Verdict::WouldDeny));
+    let record = web.record(|record| record.protocol == Protocol::Tcp).await;
+    assert!(record.error.is_none(), "{record:?}");
+}
