@@ -3,6 +3,8 @@
 //! Invariant: a pod that passed shares neither uid nor process list with its sidecar, listens on
 //! none of its ports, and mounts none of its volumes.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 
 use super::Refusal;
@@ -33,6 +35,7 @@ pub(super) fn names_of_ours<'p>(pod: &'p Pod<'_>) -> impl Iterator<Item = &'p st
 /// Refuses a pod that takes what is the sidecar's. Containers and volumes of our names in their
 /// own places are compared elsewhere.
 pub(super) fn check(pod: &Pod<'_>) -> Result<(), Refusal> {
+    check_names(pod)?;
     check_processes(pod)?;
     if let Some(context) = object(pod.spec, "securityContext", || {
         "spec.securityContext".into()
@@ -57,6 +60,19 @@ pub(super) fn check(pod: &Pod<'_>) -> Result<(), Refusal> {
         check_mounts(container)?;
     }
     Ok(())
+}
+
+/// The API server refuses two containers of one name only after us, and what is kept of their
+/// probes goes by the name.
+fn check_names(pod: &Pod<'_>) -> Result<(), Refusal> {
+    let mut seen = HashSet::new();
+    match pod.containers.iter().find(|each| !seen.insert(each.name)) {
+        None => Ok(()),
+        Some(second) => Err(Refusal::shape(
+            format!("container {}", second.name),
+            "its name is another container's too",
+        )),
+    }
 }
 
 fn check_processes(pod: &Pod<'_>) -> Result<(), Refusal> {

@@ -688,6 +688,12 @@ fn a_probe_that_asks_the_sidecar_without_an_origin_is_refused() {
 // ---- what is refused, what is left alone ----
 
 #[test]
+fn two_containers_of_one_name_are_refused() {
+    let pod = json!({ "spec": { "containers": [{ "name": "web" }, { "name": "web" }] } });
+    check_refused(&pod, "container web: its name is another container's too");
+}
+
+#[test]
 fn what_is_the_sidecars_is_refused() {
     let cases = [
         (
