@@ -29,9 +29,15 @@ def setup(cluster):
 def logs(cluster):
     """`sidegate logs` merges a namespace's sidecars in time order, chooses, and follows pods that are new"""
     setup(cluster)
-    rows = [json.loads(line) for line in cluster.sidegate("logs", "-n", NS, "--direction", "all", "-o", "json").splitlines()]
+    def read():
+        said = cluster.sidegate("logs", "-n", NS, "--direction", "all", "-o", "json")
+        rows = [json.loads(line) for line in said.splitlines()]
+        return rows if len(rows) >= 4 else None
+
+    # A sidecar writes a call's line after its answer has left.
+    rows, _ = until("both sides' records of both calls", read)
     times = [row["time"] for row in rows if "time" in row]
-    expect(times == sorted(times) and len(rows) >= 4, times)
+    expect(times == sorted(times), times)
     directions = {row.get("direction") for row in rows}
     expect(directions >= {"inbound", "outbound"}, directions)
     table = cluster.sidegate("logs", "orders", "-n", NS, "--denied")
