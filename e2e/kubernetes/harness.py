@@ -342,6 +342,9 @@ class Load:
         self.cluster, self.namespace, self.name, self.meshed = cluster, namespace, name, meshed
         args = ["run", "--url", url, "--rate", str(rate), "--connections", "8", "--duration", "1h", "--warmup", "0s", "-o", "json"]
         made = container(cluster.images.loadtest, args)
+        # A node hears of a new Service a moment after it is there, and the generator gives up at once.
+        reach = ["-c", 'until curl -sf -o /dev/null --max-time 5 "$1"; do sleep 0.2; done', "sh", url]
+        more.setdefault("initContainers", []).append(container(cluster.images.tools, reach, command=["sh"], name="reach"))
         labels = {} if meshed else {"sidegate.dev/inject": "disabled"}
         cluster.apply(pod(namespace, name, made, labels=labels, service_account=service_account, restartPolicy="Never", **more))
         cluster.await_pods(namespace, name)
