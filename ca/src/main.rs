@@ -10,15 +10,14 @@ use anyhow::Context;
 use clap::Parser;
 use sidegate_ca::{Ca, Config};
 use sidegate_mesh::clock::Clock;
+use sidegate_mesh::diagnostics::JsonLines;
 use sidegate_mtls::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command, Serve};
-use crate::diagnostics::JsonLines;
 
 mod cli;
-mod diagnostics;
 
 /// Threads that serve sidecars; signing is a matter of microseconds.
 const WORKERS: usize = 2;

@@ -12,13 +12,10 @@ use anyhow::Context as _;
 use clap::Parser;
 use sidegate_controller::{Config, Controller, Surroundings};
 use sidegate_mesh::clock::Clock;
+use sidegate_mesh::diagnostics::JsonLines;
 use sidegate_mtls::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-
-use crate::diagnostics::JsonLines;
-
-mod diagnostics;
 
 /// Threads; the index is one lock, so more of them help little.
 const WORKERS: usize = 2;

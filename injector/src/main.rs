@@ -11,13 +11,10 @@ use anyhow::Context;
 use clap::Parser;
 use sidegate_injector::{Config, Injector};
 use sidegate_mesh::clock::Clock;
+use sidegate_mesh::diagnostics::JsonLines;
 use sidegate_mtls::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-
-use crate::diagnostics::JsonLines;
-
-mod diagnostics;
 
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;

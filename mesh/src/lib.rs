@@ -6,6 +6,7 @@
 pub mod access_log;
 pub mod clock;
 pub mod decision;
+pub mod diagnostics;
 pub mod explain;
 pub mod host;
 pub mod path;

@@ -1,4 +1,4 @@
-//! Diagnostics as JSON lines, one event a line, on standard error.
+//! Diagnostics as JSON lines, one event a line, as the programs of the control plane write them.
 //!
 //! Invariant: every line is one JSON object with `"kind":"diagnostic"`; a serializer writes it, so
 //! nothing in a field can end the line or forge a member.
@@ -7,20 +7,22 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use sidegate_mesh::clock::Clock;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::FmtContext;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::clock::Clock;
+
 /// Writes an event as one line of JSON.
-pub(crate) struct JsonLines {
+pub struct JsonLines {
     clock: Arc<dyn Clock>,
 }
 
 impl JsonLines {
-    pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
+    /// Dates each line with what `clock` says.
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
         Self { clock }
     }
 }
