@@ -62,31 +62,20 @@ fn as_written(object: &Value) -> Value {
 }
 
 fn denial(problems: &[Problem]) -> Denial {
-    let said: Vec<String> = problems.iter().take(SAID_MAX).map(sentence).collect();
+    let said: Vec<String> = problems
+        .iter()
+        .take(SAID_MAX)
+        .map(Problem::sentence)
+        .collect();
     let causes = problems.iter().take(SAID_MAX).filter_map(|problem| {
         let field = problem.field.clone()?;
-        Some((field, words(problem)))
+        Some((field, problem.words()))
     });
     Denial {
         code: 422,
         reason: "Invalid",
         message: said.join("\n"),
         causes: causes.collect(),
-    }
-}
-
-/// Field and words.
-fn sentence(problem: &Problem) -> String {
-    match &problem.field {
-        Some(field) => format!("{field}: {}", words(problem)),
-        None => words(problem),
-    }
-}
-
-fn words(problem: &Problem) -> String {
-    match &problem.help {
-        Some(help) => format!("{}; {help}", problem.message),
-        None => problem.message.clone(),
     }
 }
 
@@ -128,7 +117,7 @@ fn is_nobodys(address: IpAddr) -> bool {
 fn warnings(written: &Value) -> Vec<String> {
     let report = validate(&[(String::new(), Ok(written.to_string()))]);
     let warnings = report.problems.iter().filter(|problem| !problem.is_error());
-    warnings.take(SAID_MAX).map(sentence).collect()
+    warnings.take(SAID_MAX).map(Problem::sentence).collect()
 }
 
 #[cfg(test)]
@@ -195,7 +184,7 @@ mod tests {
         let Answer::Denied(denial) = judge(&object) else {
             panic!()
         };
-        assert_eq!(denial.message, format!("{field}: {}", words(problem)));
+        assert_eq!(denial.message, format!("{field}: {}", problem.words()));
     }
 
     #[test]

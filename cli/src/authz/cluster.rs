@@ -4,7 +4,6 @@
 //! sidecar; a policy that cannot be read stays in its place, and denies what it might deny.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 
 use anyhow::{Context, bail};
 use k8s_openapi::api::core::v1::{Container, Namespace, Pod, Service, ServicePort};
@@ -15,6 +14,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use sidegate_mesh::resource::{API_VERSION, Kind, SYSTEM_NAMESPACE, parse_value};
 use sidegate_mesh::store::ResourceStore;
+use sidegate_mesh::yaml::from_json;
 use sidegate_mesh::{Enforcement, Resource, ResourceSet, SpiffeId, Workload, WorkloadPort};
 
 use super::{Called, TestArgs, World};
@@ -458,27 +458,7 @@ fn text_of(object: &DynamicObject, labels: &BTreeMap<String, String>) -> Option<
         let spec = value.get_mut("spec").and_then(Value::as_object_mut);
         spec.map(|spec| spec.remove("namespaceSelector"));
     }
-    Some((place, printable(&value.to_string())))
-}
-
-/// JSON may hold in its strings, as they are, characters that YAML takes only escaped.
-fn printable(json: &str) -> String {
-    let mut text = String::with_capacity(json.len());
-    for character in json.chars() {
-        match character {
-            '\u{7f}'..='\u{9f}'
-            | '\u{2028}'
-            | '\u{2029}'
-            | '\u{feff}'
-            | '\u{fffe}'
-            | '\u{ffff}' => {
-                // Writing to a String cannot fail.
-                write!(text, "\\u{:04x}", u32::from(character)).ok();
-            }
-            _ => text.push(character),
-        }
-    }
-    text
+    Some((place, from_json(&value.to_string())))
 }
 
 #[cfg(test)]

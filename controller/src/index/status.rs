@@ -76,7 +76,7 @@ impl Report {
             let all = resources.iter().map(|resource| Resource::clone(resource));
             let (_, problems) = Policy::compile(&ResourceSet::new(all), workload);
             for problem in problems {
-                let text = text(&problem);
+                let text = problem.sentence();
                 if problem.resource.as_ref() == Some(&self.key) && !warnings.contains(&text) {
                     warnings.push(text);
                 }
@@ -316,19 +316,8 @@ impl Index {
 
 /// Problems as one text: each with its field.
 pub(super) fn text_of(problems: &[Problem]) -> String {
-    let texts: Vec<String> = problems.iter().map(text).collect();
+    let texts: Vec<String> = problems.iter().map(Problem::sentence).collect();
     cut(&texts.join("; "))
-}
-
-fn text(problem: &Problem) -> String {
-    let mut text = match &problem.field {
-        Some(field) => format!("{field}: {}", problem.message),
-        None => problem.message.clone(),
-    };
-    if let Some(help) = &problem.help {
-        text = format!("{text}; {help}");
-    }
-    text
 }
 
 fn cut(text: &str) -> String {

@@ -79,6 +79,23 @@ impl Problem {
         }
     }
 
+    /// What is wrong and what to do, as `message; help`.
+    pub fn words(&self) -> String {
+        match &self.help {
+            Some(help) => format!("{}; {help}", self.message),
+            None => self.message.clone(),
+        }
+    }
+
+    /// The same with its field, `field: message; help`, for an object that is in no file: a place
+    /// in a text that nobody wrote says nothing.
+    pub fn sentence(&self) -> String {
+        match &self.field {
+            Some(field) => format!("{field}: {}", self.words()),
+            None => self.words(),
+        }
+    }
+
     /// Whether the resource is refused.
     pub fn is_error(&self) -> bool {
         self.severity == Severity::Error
@@ -98,11 +115,7 @@ impl fmt::Display for Problem {
         if self.severity == Severity::Warning {
             f.write_str("warning: ")?;
         }
-        f.write_str(&self.message)?;
-        match &self.help {
-            Some(help) => write!(f, "; {help}"),
-            None => Ok(()),
-        }
+        f.write_str(&self.words())
     }
 }
 

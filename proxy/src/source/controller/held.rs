@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use sidegate_api::control as proto;
 use sidegate_mesh::resource::{Kind, SYSTEM_NAMESPACE, parse_value};
+use sidegate_mesh::yaml::from_json;
 use sidegate_mesh::{Problem, Resource};
 
 use crate::source::Texts;
@@ -164,7 +165,7 @@ impl Held {
         let faults = problems
             .iter()
             .filter(|problem| problem.is_error() && problem.file == place);
-        let refusal: Vec<String> = faults.map(words).collect();
+        let refusal: Vec<String> = faults.map(Problem::sentence).collect();
         Some(proto::Acknowledge {
             uid: item.uid.clone(),
             generation: item.generation,
@@ -235,42 +236,7 @@ fn text_of(name: &Name, json: &[u8], bytes_max: usize) -> Result<String, String>
             drop(spec.map(|spec| spec.remove("namespaceSelector")));
         }
     }
-    Ok(printable(&value.to_string()))
-}
-
-/// JSON may hold in its strings, as they are, characters that YAML takes only escaped.
-fn printable(json: &str) -> String {
-    let mut text = String::with_capacity(json.len());
-    for character in json.chars() {
-        match character {
-            '\u{7f}'..='\u{9f}'
-            | '\u{2028}'
-            | '\u{2029}'
-            | '\u{feff}'
-            | '\u{fffe}'
-            | '\u{ffff}' => {
-                // As JSON and YAML both write it: these all have four hexadecimal digits.
-                let code = u32::from(character);
-                let digit = |shift: u32| char::from_digit((code >> shift) & 0xf, 16).unwrap_or('0');
-                text.push_str("\\u");
-                text.extend([12, 8, 4, 0].map(digit));
-            }
-            _ => text.push(character),
-        }
-    }
-    text
-}
-
-/// A fault as the status of a resource says it: the field, not a place in a text that nobody wrote.
-fn words(problem: &Problem) -> String {
-    let field = problem.field.as_deref();
-    let mut words = field.map_or_else(String::new, |field| format!("{field}: "));
-    words.push_str(&problem.message);
-    if let Some(help) = &problem.help {
-        words.push_str("; ");
-        words.push_str(help);
-    }
-    words
+    Ok(from_json(&value.to_string()))
 }
 
 fn cut(mut text: String, bytes_max: usize) -> String {
@@ -373,15 +339,5 @@ mod tests {
         held.update(other, &BOUNDS).unwrap();
         let reason = only(&held).unwrap_err();
         assert!(reason.contains("AuthorizationPolicy shop/a"), "{reason}");
-    }
-
-    #[test]
-    fn every_character_of_json_is_read_as_yaml() {
-        let odd = "\u{7f}\u{85}\u{2028}\u{feff}\u{1f600}é\\u0007";
-        let text = printable(&format!(r#"{{"a":"{odd}"}}"#));
-        let read: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
-        let expected: serde_json::Value =
-            serde_json::from_str(&format!(r#"{{"a":"{odd}"}}"#)).unwrap();
-        assert_eq!(read, expected);
     }
 }
