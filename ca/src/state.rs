@@ -320,6 +320,15 @@ impl StateFolder {
     }
 }
 
+/// Closing the file is not enough: a process being started on another thread holds a copy of it
+/// between its fork and its exec, and the lock with it (flock(2)).
+impl Drop for StateFolder {
+    fn drop(&mut self) {
+        // Where this fails the folder is free when the last copy is closed.
+        let _ = self.release();
+    }
+}
+
 fn lock(folder: &Path) -> Result<File, StateError> {
     let path = folder.join(LOCK);
     let mut options = OpenOptions::new();
@@ -431,8 +440,11 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let first = open(&parent).unwrap();
         assert!(matches!(open(&parent), Err(StateError::Locked { .. })));
+        // As a process does that is being started on another thread.
+        let copy = first.lock.try_clone().unwrap();
         drop(first);
         open(&parent).unwrap();
+        drop(copy);
     }
 
     #[test]

@@ -83,7 +83,16 @@ pub struct StateDir {
     path: PathBuf,
     /// Tells bundles of one bootstrap trust from those of another.
     bundle_file: String,
-    _lock: File,
+    lock: File,
+}
+
+/// Closing the file is not enough: a process being started on another thread holds a copy of it
+/// between its fork and its exec, and the lock with it (flock(2)).
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        // Where this fails the folder is free when the last copy is closed.
+        let _ = self.lock.unlock();
+    }
 }
 
 impl StateDir {
@@ -123,7 +132,7 @@ impl StateDir {
         Ok(Self {
             path: path.to_owned(),
             bundle_file: format!("{BUNDLE_PREFIX}{tag:016x}.pb"),
-            _lock: lock,
+            lock,
         })
     }
 
