@@ -324,8 +324,9 @@ impl StateFolder {
 /// between its fork and its exec, and the lock with it (flock(2)).
 impl Drop for StateFolder {
     fn drop(&mut self) {
-        // Where this fails the folder is free when the last copy is closed.
-        let _ = self.release();
+        if let Err(error) = self.release() {
+            tracing::warn!(%error, "the state folder is free only when this process has ended");
+        }
     }
 }
 

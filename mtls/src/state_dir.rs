@@ -90,8 +90,9 @@ pub struct StateDir {
 /// between its fork and its exec, and the lock with it (flock(2)).
 impl Drop for StateDir {
     fn drop(&mut self) {
-        // Where this fails the folder is free when the last copy is closed.
-        let _ = self.lock.unlock();
+        if let Err(error) = self.lock.unlock() {
+            tracing::warn!(%error, "the state folder is free only when this process has ended");
+        }
     }
 }
 
