@@ -20,7 +20,7 @@ use crate::engine::Load;
 use crate::progress::{self, Bar};
 use crate::results::{LoadFacts, Results, Run as RunFacts};
 use crate::target::{Call, Protocol, Target, TlsFiles};
-use crate::{baseline, engine, machine, report, results, table};
+use crate::{baseline, compare, engine, machine, report, results, table};
 
 /// More is no load, it is a mistake.
 const BODY_BYTES_MAX: usize = 64 << 20;
@@ -173,6 +173,9 @@ pub(crate) struct Compare {
     /// Load before that, not measured.
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
     pub(crate) warmup: Duration,
+    /// Exit with 1 when Sidegate's CPU per hop is above this multiple of Envoy's, in any load.
+    #[arg(long, value_name = "RATIO", value_parser = compare::limit::parse)]
+    pub(crate) cpu_ratio_max: Option<f64>,
     /// Keep the folder with configurations and logs of the peers here.
     #[arg(long, value_name = "DIR")]
     pub(crate) work_dir: Option<PathBuf>,

@@ -28,6 +28,7 @@ use crate::usage::{Cpu, of_process, resident_kib};
 mod certificates;
 mod envoy;
 mod gate;
+pub(crate) mod limit;
 mod peer;
 mod plan;
 mod process;
@@ -81,7 +82,14 @@ pub(crate) async fn compare(mut options: Compare) -> anyhow::Result<ExitCode> {
     let fine = options
         .output
         .finish(&results, &text(&results), baseline.as_ref())?;
-    Ok(if answered && fine {
+    let broken = match options.cpu_ratio_max {
+        Some(max) => limit::broken(&results.ratios, max)?,
+        None => Vec::new(),
+    };
+    for line in &broken {
+        writeln!(io::stderr(), "{line}")?;
+    }
+    Ok(if answered && fine && broken.is_empty() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

@@ -45,14 +45,15 @@ pub(crate) struct Against {
     pub(crate) doubtful: bool,
 }
 
+/// The figure that a limit can be set on.
+pub(crate) const HOP_CPU: &str = "CPU per request and hop";
+
 type Figure = fn(&Run, Option<&Run>) -> Option<f64>;
 type Memory = fn(&ProcessFacts) -> u64;
 
 /// What is compared: name, unit, whether more is better, and how it is read.
 const FIGURES: &[(&str, &str, bool, Figure)] = &[
-    ("CPU per request and hop", "µs", false, |run, _| {
-        hop_cpu(run)
-    }),
+    (HOP_CPU, "µs", false, |run, _| hop_cpu(run)),
     ("throughput", "calls/s", true, |run, _| {
         run.load.rate.is_none().then_some(run.throughput)
     }),
