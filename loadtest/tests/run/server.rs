@@ -33,6 +33,8 @@ pub struct Behaviour {
 /// One call as the server saw it.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen {
+    /// Number of the connection.
+    pub connection: usize,
     pub arrived: Instant,
     pub answered: Option<Instant>,
 }
@@ -40,12 +42,15 @@ pub struct Seen {
 /// A running server.
 pub struct Server {
     pub address: SocketAddr,
+    /// Before anybody could call.
+    pub started: Instant,
     seen: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl Server {
     /// Listens on a free port, speaking HTTP/1 and HTTP/2.
     pub fn start(behaviour: Behaviour) -> Self {
+        let started = Instant::now();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let (sender, receiver) = std::sync::mpsc::channel();
         let kept = Arc::clone(&seen);
@@ -60,7 +65,11 @@ impl Server {
             });
         });
         let address = receiver.recv().unwrap();
-        Self { address, seen }
+        Self {
+            address,
+            started,
+            seen,
+        }
     }
 
     /// Every call so far.
@@ -75,14 +84,19 @@ impl Server {
 
 async fn accept(listener: TcpListener, behaviour: Arc<Behaviour>, seen: Arc<Mutex<Vec<Seen>>>) {
     let mut connections = JoinSet::new();
-    loop {
+    for number in 0.. {
         let (stream, _) = listener.accept().await.unwrap();
         let (behaviour, seen) = (Arc::clone(&behaviour), Arc::clone(&seen));
-        connections.spawn(connection(stream, behaviour, seen));
+        connections.spawn(connection(stream, number, behaviour, seen));
     }
 }
 
-async fn connection(stream: TcpStream, behaviour: Arc<Behaviour>, seen: Arc<Mutex<Vec<Seen>>>) {
+async fn connection(
+    stream: TcpStream,
+    number: usize,
+    behaviour: Arc<Behaviour>,
+    seen: Arc<Mutex<Vec<Seen>>>,
+) {
     stream.set_nodelay(true).unwrap();
     let mut first = [0];
     let http2 = stream
@@ -90,8 +104,9 @@ async fn connection(stream: TcpStream, behaviour: Arc<Behaviour>, seen: Arc<Mute
         .await
         .is_ok_and(|length| length == 1)
         && first == *b"P";
-    let service =
-        service_fn(move |request| answer(request, Arc::clone(&behaviour), Arc::clone(&seen)));
+    let service = service_fn(move |request| {
+        answer(request, number, Arc::clone(&behaviour), Arc::clone(&seen))
+    });
     let io = TokioIo::new(stream);
     if http2 {
         let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
@@ -104,6 +119,7 @@ async fn connection(stream: TcpStream, behaviour: Arc<Behaviour>, seen: Arc<Mute
 
 async fn answer(
     request: Request<Incoming>,
+    connection: usize,
     behaviour: Arc<Behaviour>,
     seen: Arc<Mutex<Vec<Seen>>>,
 ) -> Result<Response<BoxBody<Bytes, std::convert::Infallible>>, std::io::Error> {
@@ -111,6 +127,7 @@ async fn answer(
     let (number, first) = {
         let mut seen = seen.lock().unwrap();
         seen.push(Seen {
+            connection,
             arrived,
             answered: None,
         });
