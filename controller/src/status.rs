@@ -193,10 +193,9 @@ fn accepted(report: &Report) -> Condition {
 }
 
 fn live(report: &Report, counts: &str) -> Condition {
-    let nobody = match report.key.kind {
-        Kind::AuthorizationPolicy => "it selects no sidecar",
-        // A sidecar gets to know a service when its workload calls it.
-        Kind::StaticService | Kind::TrafficPolicy => "no sidecar has called this service yet",
+    let selects = match report.key.kind {
+        Kind::AuthorizationPolicy => "selects",
+        Kind::StaticService | Kind::TrafficPolicy => "concerns",
     };
     let (is_true, reason, message) = if matches!(report.accepted, Accepted::No { .. }) {
         (
@@ -205,7 +204,11 @@ fn live(report: &Report, counts: &str) -> Condition {
             format!("{counts}: this generation is not accepted"),
         )
     } else if report.selected == 0 {
-        (true, "NoSidecars", format!("{counts}: {nobody}"))
+        (
+            true,
+            "NoSidecars",
+            format!("{counts}: it {selects} no sidecar"),
+        )
     } else if report.live == report.selected {
         (true, "Live", counts.to_owned())
     } else if let Some(refusal) = &report.refusal {

@@ -40,12 +40,12 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<Results> {
     Ok(results)
 }
 
-/// Every figure that both have.
+/// Every figure that both have and conclude on, and how many they have without a conclusion.
 ///
 /// # Errors
 ///
 /// When they did not measure the same, or either drew no conclusion.
-pub(crate) fn compare(before: &Results, now: &Results) -> anyhow::Result<Vec<Change>> {
+pub(crate) fn compare(before: &Results, now: &Results) -> anyhow::Result<(Vec<Change>, usize)> {
     ensure!(
         before.kind == now.kind,
         "the baseline is of `{}`",
@@ -66,16 +66,20 @@ pub(crate) fn compare(before: &Results, now: &Results) -> anyhow::Result<Vec<Cha
             "the baseline measured another load"
         );
     }
-    let mut changes = Vec::new();
+    let (mut changes, mut doubtful) = (Vec::new(), 0);
     for now in &now.metrics {
         let before = before.metrics.iter().find(|before| before.name == now.name);
-        changes.extend(before.and_then(|before| change(before, now)));
+        match before {
+            Some(before) if before.doubtful || now.doubtful => doubtful += 1,
+            Some(before) => changes.extend(change(before, now)),
+            None => {}
+        }
     }
     ensure!(
         !changes.is_empty(),
-        "the baseline has no figure in common with this measurement"
+        "the baseline has no figure in common with this measurement that either draws a conclusion on ({doubtful} have none)"
     );
-    Ok(changes)
+    Ok((changes, doubtful))
 }
 
 /// The loads without what does not matter: how long, and under which name.
@@ -133,6 +137,7 @@ mod tests {
             unit: "µs".into(),
             higher_is_better,
             samples: samples.to_vec(),
+            doubtful: false,
         }
     }
 
@@ -154,6 +159,29 @@ mod tests {
         check(false, &before, &by(0.5), false);
         check(true, &before, &by(0.8), true);
         check(true, &before, &by(1.25), false);
+    }
+
+    #[test]
+    fn what_a_generator_spoiled_is_compared_with_nothing() {
+        let results = |doubtful: bool| {
+            let mut results = Results::new("compare", Vec::new());
+            let mut spoiled = metric(false, &[1.0]);
+            spoiled.doubtful = doubtful;
+            results.metrics = vec![spoiled, metric(false, &[2.0])];
+            results.metrics[1].name = "y".into();
+            results
+        };
+        let names = |before: bool, now: bool| {
+            let (changes, doubtful) = compare(&results(before), &results(now)).unwrap();
+            (changes.len(), doubtful)
+        };
+        assert_eq!(names(false, false), (2, 0));
+        assert_eq!(names(true, false), (1, 1));
+        assert_eq!(names(false, true), (1, 1));
+        let mut spoiled = results(true);
+        spoiled.metrics.truncate(1);
+        let told = compare(&spoiled, &results(false)).unwrap_err().to_string();
+        assert!(told.contains("(1 have none)"), "{told}");
     }
 
     #[test]

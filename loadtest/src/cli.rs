@@ -77,6 +77,9 @@ pub(crate) struct Run {
     /// Calls at once on a connection (http2, grpc).
     #[arg(long, default_value_t = 1)]
     streams: u32,
+    /// Open a connection for every call, with a full TLS handshake; that time is in the latency.
+    #[arg(long)]
+    new_connections: bool,
     /// Method.
     #[arg(long, default_value = "GET")]
     method: Method,
@@ -261,6 +264,7 @@ impl Run {
                 ca: self.ca.clone(),
                 cert: self.cert.clone(),
                 key: self.key.clone(),
+                ..TlsFiles::default()
             },
         })
     }
@@ -281,6 +285,9 @@ impl Run {
         if !(1..=1000).contains(&self.streams) {
             bail!("--streams is not from 1 to 1000");
         }
+        if self.new_connections && self.streams != 1 {
+            bail!("--new-connections makes one call on each connection: leave --streams at 1");
+        }
         if self.duration < Duration::from_millis(100) {
             bail!("--duration is below 100ms");
         }
@@ -299,6 +306,7 @@ impl Run {
             warmup: self.warmup,
             timeout: self.timeout,
             threads,
+            new_connections: self.new_connections,
         })
     }
 }
@@ -376,8 +384,8 @@ impl Output {
         let Some(before) = baseline else {
             return Ok(true);
         };
-        let changes = baseline::compare(before, results)?;
-        let text = table::changes(&changes);
+        let (changes, doubtful) = baseline::compare(before, results)?;
+        let text = table::changes(&changes, doubtful);
         match self.format {
             Format::Table => writeln!(out, "\n{text}")?,
             Format::Json => writeln!(io::stderr(), "{text}")?,

@@ -5,6 +5,7 @@
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode, Stdio};
 use std::time::Duration;
@@ -13,24 +14,28 @@ use anyhow::{Context, bail};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use self::envoy::Mode;
+use self::launch::{Launcher, TARGETS};
 use self::peer::Peer;
-use self::plan::{LOADS, Planned, SHORT};
+use self::plan::{IDLE, IDLE_SHORT, LOADS, Planned};
 use crate::cli::{Compare, Usage};
 use crate::engine::{self, Observer};
+use crate::goals;
 use crate::progress::{self, Bar};
-use crate::results::{self, LoadFacts, Results, Run};
+use crate::results::{self, IdleFacts, LoadFacts, Results, Run};
 use crate::summary::{self, DIRECT};
 use crate::table;
-use crate::target::{Protocol, Target};
+use crate::target::Target;
 use crate::usage::{Cpu, of_process, resident_kib};
 
 mod certificates;
 mod envoy;
 mod gate;
+mod held;
+mod idle;
+mod launch;
 pub(crate) mod limit;
 mod peer;
-mod plan;
+pub(crate) mod plan;
 mod process;
 mod sidegate;
 
@@ -40,7 +45,6 @@ const RULES: usize = 20;
 const SETTLE: Duration = Duration::from_secs(2);
 /// The folder of the report when none is named.
 const REPORT: &str = "report";
-const TARGETS: &[&str] = &["direct", "sidegate", "envoy-h1", "envoy-h2"];
 
 /// Runs the comparison.
 ///
@@ -49,11 +53,12 @@ const TARGETS: &[&str] = &["direct", "sidegate", "envoy-h1", "envoy-h2"];
 /// [`Usage`], or why a target could not be started or measured.
 pub(crate) async fn compare(mut options: Compare) -> anyhow::Result<ExitCode> {
     options.output.report.get_or_insert_with(|| REPORT.into());
-    let plan = Plan::new(&options).map_err(Usage)?;
+    let mut plan = Plan::new(&options).map_err(Usage)?;
     if options.loads.iter().any(|load| load == "list") {
-        for (short, load) in SHORT.iter().zip(LOADS) {
-            writeln!(io::stdout(), "{short:8}{}", load.name)?;
+        for load in LOADS {
+            writeln!(io::stdout(), "{:12}{}", load.short, load.name)?;
         }
+        writeln!(io::stdout(), "{IDLE_SHORT:12}{IDLE}")?;
         return Ok(ExitCode::SUCCESS);
     }
     let baseline = options.output.baseline()?;
@@ -62,17 +67,26 @@ pub(crate) async fn compare(mut options: Compare) -> anyhow::Result<ExitCode> {
     let folder = Folder::new(options.work_dir.clone())?;
     let backend = BackendProcess::start()?;
     let mut notes = Vec::new();
-    let peers = tokio::select! {
-        peers = start(&plan, &options, (&folder, backend.address), &mut notes) => peers?,
+    let starting = async {
+        let at = (folder.path.clone(), backend.address);
+        let launcher = Launcher::new(&options, &mut plan.targets, at, &mut notes).await?;
+        let peers = start(&plan, &launcher, &mut notes).await?;
+        anyhow::Ok((launcher, peers))
+    };
+    let (launcher, peers) = tokio::select! {
+        started = starting => started?,
         () = told(interrupt.clone()) => bail!("interrupted before anything was measured"),
     };
     let runs = measure(&plan, &peers, interrupt.clone()).await?;
+    let idle = idle_connections(&plan, &launcher, interrupt.clone()).await?;
     if *interrupt.borrow() {
         notes.push("Interrupted: loads and repetitions are missing.".to_owned());
     }
     let mut results = Results::new("compare", runs);
-    results.metrics = summary::metrics(&results.runs);
-    results.ratios = summary::ratios(&results.runs);
+    results.idle_connections = idle;
+    results.metrics = summary::metrics(&results.runs, &results.idle_connections);
+    results.ratios = summary::ratios(&results.runs, &results.idle_connections);
+    results.goals = goals::judge(&results);
     results.notes = notes;
     for peer in &peers {
         results.configurations.extend(peer.configurations.clone());
@@ -103,6 +117,8 @@ async fn told(mut interrupt: watch::Receiver<bool>) {
 /// What is measured on what.
 struct Plan {
     loads: Vec<Planned>,
+    /// Whether the memory of idle connections is measured.
+    idle: bool,
     targets: Vec<&'static str>,
     repetitions: u32,
     duration: Duration,
@@ -111,8 +127,10 @@ struct Plan {
 
 impl Plan {
     fn new(options: &Compare) -> anyhow::Result<Self> {
-        let loads = chosen(&options.loads, SHORT, "load", LOADS)?;
-        let mut targets = chosen(&options.targets, TARGETS, "target", TARGETS)?;
+        let names = LOADS.iter().map(|load| load.short);
+        let names: Vec<&str> = names.chain([IDLE_SHORT]).collect();
+        let chosen_loads = chosen(&options.loads, &names, "load")?;
+        let mut targets = chosen(&options.targets, TARGETS, "target")?;
         if !targets.contains(&DIRECT) {
             targets.insert(0, DIRECT);
         }
@@ -124,23 +142,38 @@ impl Plan {
             options.duration >= Duration::from_millis(100),
             "--duration is below 100ms"
         );
+        let loads = LOADS.iter().copied();
         Ok(Self {
-            loads,
+            loads: loads
+                .filter(|load| chosen_loads.contains(&load.short))
+                .collect(),
+            idle: chosen_loads.contains(&IDLE_SHORT),
             targets,
             repetitions: options.repetitions,
             duration: options.duration,
             warmup: options.warmup,
         })
     }
+
+    /// How many measurements of loads there are, and how long everything takes.
+    fn amount(&self, peers: &[Peer]) -> (u32, Duration) {
+        let (mut count, mut time) = (0, Duration::ZERO);
+        for load in &self.loads {
+            let suited = peers.iter().filter(|peer| load.suits(peer)).count();
+            let runs = self.repetitions * u32::try_from(suited).unwrap_or(u32::MAX);
+            count += runs;
+            time += load.takes(self.duration, self.warmup) * runs;
+        }
+        let called = peers.iter().filter(|peer| peer.inbound.is_some()).count();
+        if self.idle {
+            time += idle::TAKES * u32::try_from(called).unwrap_or(u32::MAX);
+        }
+        (count, time)
+    }
 }
 
-/// The items whose names were given, all when none was.
-fn chosen<T: Copy>(
-    given: &[String],
-    names: &[&str],
-    kind: &str,
-    items: &[T],
-) -> anyhow::Result<Vec<T>> {
+/// The names that were given, all when none was.
+fn chosen<'a>(given: &[String], names: &[&'a str], kind: &str) -> anyhow::Result<Vec<&'a str>> {
     let known = |name: &String| name == "list" || names.contains(&name.as_str());
     if let Some(unknown) = given.iter().find(|name| !known(name)) {
         bail!(
@@ -148,67 +181,69 @@ fn chosen<T: Copy>(
             names.join(", ")
         );
     }
-    let pairs = names.iter().zip(items);
-    let wanted =
-        pairs.filter(|(name, _)| given.is_empty() || given.iter().any(|given| given == *name));
-    Ok(wanted.map(|(_, item)| *item).collect())
+    let wanted = |name: &&&str| given.is_empty() || given.iter().any(|given| given == **name);
+    Ok(names.iter().filter(wanted).copied().collect())
 }
 
 async fn start(
     plan: &Plan,
-    options: &Compare,
-    (folder, backend): (&Folder, SocketAddr),
+    launcher: &Launcher,
     notes: &mut Vec<String>,
 ) -> anyhow::Result<Vec<Peer>> {
     let mut peers = Vec::new();
-    let wanted = plan
-        .targets
-        .iter()
-        .any(|target| target.starts_with("envoy"));
-    let envoy = if wanted {
-        envoy::find(options.envoy.as_deref(), options.install_envoy)
-            .await
-            .map_err(Usage)?
-    } else {
-        None
-    };
     for target in &plan.targets {
-        let own = folder.path.join(target);
-        match (*target, &envoy) {
-            (DIRECT, _) => peers.push(Peer {
-                name: DIRECT.to_owned(),
-                authority: backend.to_string(),
-                grpc: true,
-                ..Peer::default()
-            }),
-            (summary::OWN, _) => {
-                let (binaries, note) = sidegate::binaries(options.bin_dir.as_deref()).await?;
-                notes.push(format!("Sidegate's binaries: {note}."));
-                peers.push(sidegate::start(&binaries, &own, backend).await?);
-            }
-            (_, None) if options.targets.is_empty() => {
-                notes.push(format!("{target} is left out: no binary was found. --envoy names one, --install-envoy installs one."));
-            }
-            (_, None) => bail!(
-                "no binary for {target} was found; --envoy names one, --install-envoy installs one"
-            ),
-            ("envoy-h1", Some(binary)) => {
-                peers.push(envoy::start(binary, &own, backend, Mode::Http1).await?);
-            }
-            (_, Some(binary)) => {
-                peers.push(envoy::start(binary, &own, backend, Mode::Http2).await?);
-            }
-        }
-    }
-    for peer in &peers {
-        gate::check(peer).await?;
+        peers.push(launcher.start(target, "loads").await?);
     }
     tokio::time::sleep(SETTLE).await;
     peers.iter_mut().for_each(Peer::note_idle);
+    let agreed = peers.iter().filter_map(|peer| {
+        let key_exchange = peer.key_exchange.as_ref()?;
+        Some(format!("{} {key_exchange}", peer.name))
+    });
+    let agreed: Vec<String> = agreed.collect();
+    if !agreed.is_empty() {
+        notes.push(format!(
+            "Key exchange of a new connection: {}.",
+            agreed.join(", ")
+        ));
+    }
+    let (count, time) = plan.amount(&peers);
+    notes.push(format!(
+        "{count} measurements of {} loads on {} targets, {} times each: about {:.1} minutes.",
+        plan.loads.len(),
+        peers.len(),
+        plan.repetitions,
+        time.as_secs_f64() / 60.0
+    ));
     for note in notes.iter() {
         writeln!(io::stderr(), "{note}")?;
     }
     Ok(peers)
+}
+
+/// Memory of idle connections, on proxies that are started for it.
+async fn idle_connections(
+    plan: &Plan,
+    launcher: &Launcher,
+    interrupt: watch::Receiver<bool>,
+) -> anyhow::Result<Vec<IdleFacts>> {
+    let mut found = Vec::new();
+    for target in plan.targets.iter().filter(|target| **target != DIRECT) {
+        if !plan.idle || *interrupt.borrow() {
+            break;
+        }
+        let bar = Bar::new(&format!("{IDLE}: {target}"));
+        let measured = async {
+            let peer = launcher.start(target, "idle").await?;
+            idle::measure(&peer, plan.repetitions).await
+        };
+        tokio::select! {
+            measured = measured => found.extend(measured.with_context(|| format!("{IDLE}: {target}"))?),
+            () = told(interrupt.clone()) => {}
+        }
+        drop(bar);
+    }
+    Ok(found)
 }
 
 async fn measure(
@@ -220,7 +255,7 @@ async fn measure(
     for load in &plan.loads {
         for repetition in 1..=plan.repetitions {
             for peer in peers {
-                if load.protocol == Protocol::Grpc && !peer.grpc {
+                if !load.suits(peer) {
                     continue;
                 }
                 let what = format!(
@@ -248,12 +283,21 @@ async fn one(
     let call = load.call(peer)?;
     let amount = load.load(plan.duration, plan.warmup);
     let target = Target::prepare(&call).await?;
-    let mut watch = Watch::new(what, peer);
+    // Calls on new connections go to the called side's proxy alone.
+    let first = if amount.new_connections {
+        peer.hops.len().saturating_sub(1)
+    } else {
+        0
+    };
+    let mut watch = Watch::new(what, peer.hops.get(first..).unwrap_or_default());
     let outcome = engine::run(&target, amount, interrupt, &mut watch).await?;
     let facts = LoadFacts::new(load.name, &call, &amount);
     let mut run = Run::new(&peer.name, facts, repetition, &outcome);
-    let used = watch.hops.iter().zip(&peer.hops).zip(&peer.idle_kib);
-    let processes = used.map(|((hop, process), idle)| {
+    let used = watch
+        .hops
+        .iter()
+        .zip(peer.hops.iter().zip(&peer.idle_kib).skip(first));
+    let processes = used.map(|(hop, (process, idle))| {
         results::process(
             &process.name,
             hop.used,
@@ -279,7 +323,7 @@ struct Hop {
 }
 
 impl Watch {
-    fn new(what: &str, peer: &Peer) -> Self {
+    fn new(what: &str, hops: &[process::Process]) -> Self {
         let hop = |process: &process::Process| Hop {
             pid: process.pid,
             before: Cpu::default(),
@@ -288,7 +332,7 @@ impl Watch {
         };
         Self {
             bar: Bar::new(what),
-            hops: peer.hops.iter().map(hop).collect(),
+            hops: hops.iter().map(hop).collect(),
         }
     }
 }
@@ -324,6 +368,8 @@ impl BackendProcess {
     fn start() -> anyhow::Result<Self> {
         let mut child = std::process::Command::new(std::env::current_exe()?)
             .arg("backend")
+            // It lives as long as we do: Ctrl-C is for us to understand.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -394,6 +440,10 @@ fn text(results: &Results) -> String {
             "\n? the generator was the bottleneck: no conclusion on latency and throughput; CPU and memory hold"
                 .to_owned(),
         );
+    }
+    if !results.goals.is_empty() {
+        parts.push("\nTargets: Sidegate over Envoy's best mode in the same run; ranges are over repetitions".to_owned());
+        parts.push(table::text(&table::goal_rows(&results.goals)));
     }
     parts.push(String::new());
     parts.join("\n")

@@ -43,6 +43,8 @@ pub(crate) struct Load {
     pub(crate) warmup: Duration,
     pub(crate) timeout: Duration,
     pub(crate) threads: u32,
+    /// A connection of its own for every call, opened within its latency.
+    pub(crate) new_connections: bool,
 }
 
 /// Is told of the phases of a run.

@@ -57,12 +57,20 @@ impl Shared {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .handshake(io)
             .await?;
+        let mut tasks = self.tasks.borrow_mut();
+        // What has ended would otherwise be kept until the end.
+        while tasks.try_join_next().is_some() {}
         // Its error reaches every stream; nobody else needs it.
-        self.tasks.borrow_mut().spawn_local(async move {
+        tasks.spawn_local(async move {
             connection.await.ok();
         });
         *kept = Some(sender.clone());
         Ok(sender)
+    }
+
+    /// Lets go of the connection: the next call opens another, and this one ends with its calls.
+    pub(crate) async fn forget(&self) {
+        *self.sender.lock().await = None;
     }
 
     /// Makes one call on a stream of its own and reads the whole answer.
@@ -75,7 +83,7 @@ impl Shared {
         let mut sender = match sender.ready().await {
             Ok(sender) => sender,
             Err(error) => {
-                *self.sender.lock().await = None;
+                self.forget().await;
                 return Err(error.into());
             }
         };
@@ -84,7 +92,7 @@ impl Shared {
             &sent,
             Err(Failure::Io(_) | Failure::Closed | Failure::Protocol(_))
         ) {
-            *self.sender.lock().await = None;
+            self.forget().await;
         }
         sent
     }

@@ -12,11 +12,13 @@ use crate::cli::{Cli, Command, Usage};
 
 mod backend;
 mod baseline;
+mod children;
 mod cli;
 mod clock;
 mod compare;
 mod engine;
 mod failure;
+mod goals;
 mod http1;
 mod http2;
 mod machine;
@@ -36,7 +38,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build();
+        .build_local(tokio::runtime::LocalOptions::default());
     let done = runtime.map_err(Into::into).and_then(|runtime| {
         let done = runtime.block_on(run(cli.command));
         runtime.shutdown_background();

@@ -9,6 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::children;
 use crate::engine::Observer;
 
 const STEPS: u64 = 1_000;
@@ -52,7 +53,8 @@ impl Drop for Bar {
     }
 }
 
-/// Becomes true at the first Ctrl-C or SIGTERM; the second ends the process at once.
+/// Becomes true at the first Ctrl-C or SIGTERM; the second ends the process, and those that it
+/// started, at once.
 ///
 /// # Errors
 ///
@@ -68,6 +70,7 @@ pub(crate) fn interrupt(tasks: &mut JoinSet<()>) -> anyhow::Result<watch::Receiv
                 _ = terminate.recv() => {}
             }
             if sender.send_replace(true) {
+                children::kill_all();
                 std::process::exit(130);
             }
         }

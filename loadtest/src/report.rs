@@ -156,6 +156,11 @@ fn page(results: &Results, pictures: &Pictures) -> String {
             .map(|note| format!("<p class=\"note\">{}</p>", escape(note))),
     );
     sections.extend(doubts(&results.runs));
+    if !results.goals.is_empty() {
+        sections
+            .push("<h2>Targets: Sidegate over Envoy's best mode in the same run</h2>".to_owned());
+        sections.push(html(&table::goal_rows(&results.goals)));
+    }
     if !results.ratios.is_empty() {
         sections.push("<h2>Against the peer's best mode</h2>".to_owned());
         sections.push(html(&table::ratio_rows(&results.ratios)));

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Nanos;
 use crate::engine::{Load, Outcome};
+use crate::goals::Goal;
 use crate::machine::Machine;
 use crate::recorder::Counts;
 use crate::summary::Against;
@@ -35,6 +36,12 @@ pub(crate) struct Results {
     pub(crate) metrics: Vec<Metric>,
     /// Ours over the peer's best mode; empty for `run`.
     pub(crate) ratios: Vec<Against>,
+    /// What idle connections take; empty for `run`.
+    #[serde(default)]
+    pub(crate) idle_connections: Vec<IdleFacts>,
+    /// What is to be reached, and whether it was; empty for `run`.
+    #[serde(default)]
+    pub(crate) goals: Vec<Goal>,
     /// What the peers were configured with: name, text.
     pub(crate) configurations: BTreeMap<String, String>,
     /// What a reader must know before the figures.
@@ -84,6 +91,9 @@ pub(crate) struct LoadFacts {
     pub(crate) connections: u32,
     pub(crate) streams: u32,
     pub(crate) threads: u32,
+    /// Every call on a connection of its own.
+    #[serde(default)]
+    pub(crate) new_connections: bool,
     pub(crate) duration_s: f64,
     pub(crate) warmup_s: f64,
     pub(crate) timeout_s: f64,
@@ -164,6 +174,15 @@ pub(crate) struct ProcessFacts {
     pub(crate) rss_peak_kib: u64,
 }
 
+/// What an idle mutual-TLS connection takes of the memory of the proxy that is called.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct IdleFacts {
+    pub(crate) target: String,
+    pub(crate) connections_per_sample: u32,
+    /// One sample a batch.
+    pub(crate) bytes_per_connection: Vec<f64>,
+}
+
 /// A figure with its samples: ten windows of a run, or the repetitions of a comparison.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub(crate) struct Metric {
@@ -171,6 +190,9 @@ pub(crate) struct Metric {
     pub(crate) unit: String,
     pub(crate) higher_is_better: bool,
     pub(crate) samples: Vec<f64>,
+    /// A generator was the bottleneck in one of the runs: it is compared with nothing.
+    #[serde(default)]
+    pub(crate) doubtful: bool,
 }
 
 impl Percentiles {
@@ -207,6 +229,7 @@ impl LoadFacts {
             connections: load.connections,
             streams: load.streams,
             threads: load.threads,
+            new_connections: load.new_connections,
             duration_s: load.duration.as_secs_f64(),
             warmup_s: load.warmup.as_secs_f64(),
             timeout_s: load.timeout.as_secs_f64(),
@@ -276,6 +299,7 @@ pub(crate) fn window_metrics(outcome: &Outcome, closed: bool) -> Vec<Metric> {
         unit: unit.to_owned(),
         higher_is_better,
         samples,
+        doubtful: false,
     };
     let mut metrics = vec![
         metric("latency p50", "µs", false, latency(0.5)),
@@ -379,6 +403,8 @@ impl Results {
             runs,
             metrics: Vec::new(),
             ratios: Vec::new(),
+            idle_connections: Vec::new(),
+            goals: Vec::new(),
             configurations: BTreeMap::new(),
             notes: Vec::new(),
         }

@@ -5,7 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::results::{Metric, ProcessFacts, Run};
+use crate::compare::plan::IDLE;
+use crate::results::{IdleFacts, Metric, ProcessFacts, Run};
 
 /// The target without any proxy.
 pub(crate) const DIRECT: &str = "direct";
@@ -45,35 +46,83 @@ pub(crate) struct Against {
     pub(crate) doubtful: bool,
 }
 
-/// The figure that a limit can be set on.
+/// CPU of an answered call, the mean over the proxies on its way.
 pub(crate) const HOP_CPU: &str = "CPU per request and hop";
+/// CPU of a new connection with one call on it, on the called side's proxy.
+pub(crate) const CPU_NEW: &str = "CPU per new connection, called side";
+pub(crate) const THROUGHPUT: &str = "throughput";
+pub(crate) const ADDED_P50: &str = "added p50 (open loop)";
+pub(crate) const ADDED_P99: &str = "added p99 (open loop)";
+pub(crate) const IDLE_MEMORY: &str = "idle memory per proxy";
+/// The load under which figures of a target over all loads go.
+pub(crate) const EVERY_LOAD: &str = "every load";
 
-type Figure = fn(&Run, Option<&Run>) -> Option<f64>;
+/// A figure of a run that is compared.
+#[derive(Clone, Copy)]
+struct Figure {
+    what: &'static str,
+    unit: &'static str,
+    higher_is_better: bool,
+    /// Processor time is a proxy's own, whoever is the bottleneck.
+    always_holds: bool,
+    /// Of a run and the direct run of the same repetition.
+    of: fn(&Run, Option<&Run>) -> Option<f64>,
+}
+
 type Memory = fn(&ProcessFacts) -> u64;
 
-/// What is compared: name, unit, whether more is better, and how it is read.
-const FIGURES: &[(&str, &str, bool, Figure)] = &[
-    (HOP_CPU, "µs", false, |run, _| hop_cpu(run)),
-    ("throughput", "calls/s", true, |run, _| {
-        run.load.rate.is_none().then_some(run.throughput)
-    }),
-    ("added p50 (open loop)", "µs", false, |run, direct| {
-        run.load.rate?;
-        Some(run.latency_us.p50 - direct?.latency_us.p50)
-    }),
-    ("added p99 (open loop)", "µs", false, |run, direct| {
-        run.load.rate?;
-        Some(run.latency_us.p99 - direct?.latency_us.p99)
-    }),
+const FIGURES: &[Figure] = &[
+    Figure {
+        what: HOP_CPU,
+        unit: "µs",
+        higher_is_better: false,
+        always_holds: true,
+        of: |run, _| hop_cpu(run).filter(|_| !run.load.new_connections),
+    },
+    Figure {
+        what: CPU_NEW,
+        unit: "µs",
+        higher_is_better: false,
+        always_holds: true,
+        of: |run, _| hop_cpu(run).filter(|_| run.load.new_connections),
+    },
+    Figure {
+        what: THROUGHPUT,
+        unit: "calls/s",
+        higher_is_better: true,
+        always_holds: false,
+        of: |run, _| {
+            let closed = run.load.rate.is_none() && !run.load.new_connections;
+            closed.then_some(run.throughput)
+        },
+    },
+    Figure {
+        what: ADDED_P50,
+        unit: "µs",
+        higher_is_better: false,
+        always_holds: false,
+        of: |run, direct| added_in_open_loop(run, direct, |run| run.latency_us.p50),
+    },
+    Figure {
+        what: ADDED_P99,
+        unit: "µs",
+        higher_is_better: false,
+        always_holds: false,
+        of: |run, direct| added_in_open_loop(run, direct, |run| run.latency_us.p99),
+    },
 ];
 
 /// Memory is one figure of a target, over every load.
 const MEMORY: &[(&str, Memory)] = &[
-    ("idle memory per proxy", |process| process.rss_idle_kib),
+    (IDLE_MEMORY, |process| process.rss_idle_kib),
     ("peak memory per proxy", |process| process.rss_peak_kib),
 ];
-/// The name of that.
-const EVERY_LOAD: &str = "every load";
+const IDLE_CONNECTION: &str = "memory of a connection, called side";
+
+fn added_in_open_loop(run: &Run, direct: Option<&Run>, of: fn(&Run) -> f64) -> Option<f64> {
+    run.load.rate?;
+    Some(of(run) - of(direct?))
+}
 
 impl Spread {
     /// Of samples; none without any.
@@ -152,14 +201,37 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> Option<f64> {
     (count > 0).then(|| values.sum::<f64>() / count as f64)
 }
 
-/// The samples of each figure, by repetition.
-fn samples(cell: &Cell<'_>, cells: &[Cell<'_>], figure: Figure) -> Vec<(u32, f64)> {
-    let direct = find(cells, cell.load, DIRECT);
-    let read = cell.runs.iter().filter_map(|run| {
-        let direct = direct.and_then(|direct| direct.repetition(run.repetition));
-        Some((run.repetition, figure(run, direct)?))
-    });
-    read.collect()
+/// A figure of one load on one target.
+struct Samples {
+    /// Repetition, and what it measured.
+    values: Vec<(u32, f64)>,
+    doubtful: bool,
+}
+
+impl Samples {
+    fn of(cell: &Cell<'_>, cells: &[Cell<'_>], figure: Figure) -> Self {
+        let against = find(cells, cell.load, DIRECT);
+        let mut samples = Self {
+            values: Vec::new(),
+            doubtful: false,
+        };
+        for run in &cell.runs {
+            let direct = against.and_then(|direct| direct.repetition(run.repetition));
+            let Some(value) = (figure.of)(run, direct) else {
+                continue;
+            };
+            samples.values.push((run.repetition, value));
+            let added = run.load.rate.is_some();
+            let sound = run.verdict.conclusive
+                && (!added || direct.is_none_or(|direct| direct.verdict.conclusive));
+            samples.doubtful |= !(sound || figure.always_holds);
+        }
+        samples
+    }
+
+    fn spread(&self) -> Option<Spread> {
+        Spread::of(self.values.iter().map(|(_, value)| *value))
+    }
 }
 
 fn find<'a, 'b>(cells: &'b [Cell<'a>], load: &str, target: &str) -> Option<&'b Cell<'a>> {
@@ -178,36 +250,50 @@ pub(crate) fn added(cell: &Cell<'_>, cells: &[Cell<'_>], of: fn(&Run) -> f64) ->
     Spread::of(pairs)
 }
 
-/// What a baseline is compared by: every figure of every target.
-pub(crate) fn metrics(runs: &[Run]) -> Vec<Metric> {
+/// What a baseline is compared by: every figure of Sidegate.
+pub(crate) fn metrics(runs: &[Run], idle: &[IdleFacts]) -> Vec<Metric> {
     let cells = cells(runs);
     let mut metrics = Vec::new();
     for cell in cells.iter().filter(|cell| cell.target == OWN) {
-        for (what, unit, higher_is_better, figure) in FIGURES {
-            let samples = samples(cell, &cells, *figure);
-            if !samples.is_empty() {
+        for figure in FIGURES {
+            let samples = Samples::of(cell, &cells, *figure);
+            if !samples.values.is_empty() {
                 metrics.push(Metric {
-                    name: format!("{}: {what}", cell.load),
-                    unit: (*unit).to_owned(),
-                    higher_is_better: *higher_is_better,
-                    samples: samples.into_iter().map(|(_, sample)| sample).collect(),
+                    name: format!("{}: {}", cell.load, figure.what),
+                    unit: figure.unit.to_owned(),
+                    higher_is_better: figure.higher_is_better,
+                    samples: samples.values.iter().map(|(_, value)| *value).collect(),
+                    doubtful: samples.doubtful,
                 });
             }
         }
     }
+    let lower = |name: String, unit: &str, samples| Metric {
+        name,
+        unit: unit.to_owned(),
+        higher_is_better: false,
+        samples,
+        doubtful: false,
+    };
     for (what, of) in MEMORY {
-        metrics.extend(memory(runs, OWN, *of).map(|mib| Metric {
-            name: format!("{EVERY_LOAD}: {what}"),
-            unit: "MiB".to_owned(),
-            higher_is_better: false,
-            samples: vec![mib],
-        }));
+        let mib = memory(runs, OWN, *of);
+        metrics.extend(mib.map(|mib| lower(format!("{EVERY_LOAD}: {what}"), "MiB", vec![mib])));
     }
+    let idle = idle.iter().filter(|idle| idle.target == OWN);
+    metrics.extend(idle.map(|idle| {
+        let name = format!("{IDLE}: {IDLE_CONNECTION}");
+        lower(name, "KiB", kib(idle))
+    }));
     metrics
 }
 
+fn kib(idle: &IdleFacts) -> Vec<f64> {
+    let bytes = idle.bytes_per_connection.iter();
+    bytes.map(|bytes| bytes / 1024.0).collect()
+}
+
 /// Ours over the peer's best mode, figure by figure.
-pub(crate) fn ratios(runs: &[Run]) -> Vec<Against> {
+pub(crate) fn ratios(runs: &[Run], idle: &[IdleFacts]) -> Vec<Against> {
     let cells = cells(runs);
     let mut ratios = Vec::new();
     for own in cells.iter().filter(|cell| cell.target == OWN) {
@@ -215,28 +301,29 @@ pub(crate) fn ratios(runs: &[Run]) -> Vec<Against> {
             .iter()
             .filter(|cell| cell.load == own.load && cell.target.starts_with(PEER));
         let peers: Vec<_> = peers.collect();
-        for (what, _, higher_is_better, figure) in FIGURES {
-            let mut best: Option<Against> = None;
-            for peer in &peers {
-                let Some(ratio) = ratio(what, (own, peer), &cells, *figure) else {
-                    continue;
-                };
-                let better = best.as_ref().is_none_or(|best| {
-                    (ratio.other.median > best.other.median) == *higher_is_better
-                });
-                if better {
-                    best = Some(ratio);
-                }
-            }
-            ratios.extend(best);
+        for figure in FIGURES {
+            let against = peers
+                .iter()
+                .filter_map(|peer| ratio((own, peer), &cells, *figure));
+            ratios.extend(best(against, figure.higher_is_better));
         }
     }
-    ratios.extend(
-        MEMORY
-            .iter()
-            .filter_map(|(what, of)| memory_ratio(runs, what, *of)),
-    );
+    for (what, of) in MEMORY {
+        ratios.extend(memory_ratio(runs, what, *of));
+    }
+    ratios.extend(idle_ratio(idle));
     ratios
+}
+
+/// The one whose peer did best.
+fn best(against: impl Iterator<Item = Against>, higher_is_better: bool) -> Option<Against> {
+    against.reduce(|best, next| {
+        if (next.other.median > best.other.median) == higher_is_better {
+            next
+        } else {
+            best
+        }
+    })
 }
 
 fn memory_ratio(runs: &[Run], what: &str, of: Memory) -> Option<Against> {
@@ -256,17 +343,35 @@ fn memory_ratio(runs: &[Run], what: &str, of: Memory) -> Option<Against> {
     })
 }
 
+fn idle_ratio(idle: &[IdleFacts]) -> Option<Against> {
+    let own = kib(idle.iter().find(|idle| idle.target == OWN)?);
+    let peers = idle.iter().filter(|idle| idle.target.starts_with(PEER));
+    let against = peers.filter_map(|peer| {
+        let other = kib(peer);
+        let pairs = own.iter().zip(&other).map(|(own, other)| own / other);
+        Some(Against {
+            what: IDLE_CONNECTION.to_owned(),
+            load: IDLE.to_owned(),
+            peer: peer.target.clone(),
+            ratio: Spread::of(pairs)?,
+            own: Spread::of(own.iter().copied())?,
+            other: Spread::of(other)?,
+            doubtful: false,
+        })
+    });
+    best(against, false)
+}
+
 fn ratio(
-    what: &str,
     (own, peer): (&Cell<'_>, &Cell<'_>),
     cells: &[Cell<'_>],
     figure: Figure,
 ) -> Option<Against> {
-    let mine = samples(own, cells, figure);
-    let its = samples(peer, cells, figure);
+    let mine = Samples::of(own, cells, figure);
+    let its = Samples::of(peer, cells, figure);
     let mut pairs = Vec::new();
-    for (repetition, mine) in &mine {
-        let (_, its) = its.iter().find(|(other, _)| other == repetition)?;
+    for (repetition, mine) in &mine.values {
+        let (_, its) = its.values.iter().find(|(other, _)| other == repetition)?;
         // Noise above the peer's whole cost: there is nothing to divide by.
         if *its <= 0.0 {
             return None;
@@ -274,14 +379,13 @@ fn ratio(
         pairs.push(mine / its);
     }
     Some(Against {
-        what: what.to_owned(),
+        what: figure.what.to_owned(),
         load: own.load.to_owned(),
         peer: peer.target.to_owned(),
         ratio: Spread::of(pairs)?,
-        own: Spread::of(mine.iter().map(|(_, sample)| *sample))?,
-        other: Spread::of(its.iter().map(|(_, sample)| *sample))?,
-        // Processor time is the proxies' own, whoever is the bottleneck.
-        doubtful: !(what.starts_with("CPU") || own.conclusive() && peer.conclusive()),
+        own: mine.spread()?,
+        other: its.spread()?,
+        doubtful: mine.doubtful || its.doubtful,
     })
 }
 
@@ -319,7 +423,7 @@ mod tests {
 
     #[track_caller]
     fn check(what: &str, peer: &str, own: f64, ratio: f64) {
-        let ratios = ratios(&runs());
+        let ratios = ratios(&runs(), &[]);
         let found = ratios
             .iter()
             .find(|ratio| ratio.what.starts_with(what))
@@ -349,7 +453,7 @@ mod tests {
                 run.latency_us.p50 = 90.0;
             }
         }
-        let ratios = ratios(&runs);
+        let ratios = ratios(&runs, &[]);
         assert!(
             ratios
                 .iter()
@@ -361,6 +465,41 @@ mod tests {
                 .iter()
                 .any(|ratio| ratio.what.starts_with("added p99"))
         );
+    }
+
+    #[test]
+    fn figures_of_a_spoiled_run_are_doubtful_unless_they_are_processor_time() {
+        let mut runs = runs();
+        runs[0].verdict.conclusive = false;
+        assert_eq!(runs[0].target, DIRECT);
+        let doubtful = metrics(&runs, &[]);
+        let doubtful = doubtful.iter().filter(|metric| metric.doubtful);
+        let doubtful: Vec<&str> = doubtful.map(|metric| metric.name.as_str()).collect();
+        assert_eq!(
+            doubtful,
+            ["load: added p50 (open loop)", "load: added p99 (open loop)"]
+        );
+        let ratios = ratios(&runs, &[]);
+        let doubtful = ratios.iter().filter(|ratio| ratio.doubtful).count();
+        assert_eq!(doubtful, 2);
+    }
+
+    #[test]
+    fn idle_connections_are_compared_with_the_mode_that_takes_least() {
+        let facts = |target: &str, bytes: f64| IdleFacts {
+            target: target.to_owned(),
+            connections_per_sample: 500,
+            bytes_per_connection: vec![bytes, bytes * 2.0],
+        };
+        let idle = [
+            facts("sidegate", 1024.0),
+            facts("envoy-h1", 4096.0),
+            facts("envoy-h2", 2048.0),
+        ];
+        let ratio = idle_ratio(&idle).unwrap();
+        assert_eq!(ratio.peer, "envoy-h2");
+        assert_eq!(ratio.ratio, Spread::of([0.5]).unwrap());
+        assert_eq!(ratio.own, Spread::of([1.0, 2.0]).unwrap());
     }
 
     #[test]

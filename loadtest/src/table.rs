@@ -3,6 +3,7 @@
 use comfy_table::{Cell, CellAlignment, Table, presets};
 
 use crate::baseline::Change;
+use crate::goals::Goal;
 use crate::results::{Percentiles, Run};
 use crate::summary::{self, Against, Cell as Group, Spread};
 
@@ -108,7 +109,7 @@ pub(crate) fn duration(micros: f64) -> String {
 }
 
 /// A comparison with a baseline as text.
-pub(crate) fn changes(changes: &[Change]) -> String {
+pub(crate) fn changes(changes: &[Change], doubtful: usize) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(["against the baseline", "before", "now", "change", ""]);
@@ -121,7 +122,13 @@ pub(crate) fn changes(changes: &[Change]) -> String {
             if change.regressed { "REGRESSION" } else { "" }.to_owned(),
         ]);
     }
-    table.trim_fmt()
+    let text = table.trim_fmt();
+    if doubtful == 0 {
+        return text;
+    }
+    format!(
+        "{text}\n{doubtful} figures are not compared: the generator was the bottleneck, then or now"
+    )
 }
 
 /// Rows, the first of them the head, as text.
@@ -197,6 +204,34 @@ pub(crate) fn ratio_rows(ratios: &[Against]) -> Vec<Vec<String>> {
                 if ratio.doubtful { " ?" } else { "" }
             ),
             format!("{:.2}–{:.2}", ratio.ratio.low, ratio.ratio.high),
+        ]
+    }));
+    rows
+}
+
+/// What is to be reached, and whether it was.
+pub(crate) fn goal_rows(goals: &[Goal]) -> Vec<Vec<String>> {
+    let names = [
+        "target", "load", "value", "range", "against", "must", "aim", "result",
+    ];
+    let mut rows = vec![head(&names)];
+    rows.extend(goals.iter().map(|goal| {
+        let unit = if goal.unit == "ratio" { "" } else { &goal.unit };
+        let told = |value: f64| format!("{value:.2} {unit}").trim_end().to_owned();
+        let sign = if goal.higher_is_better { "≥" } else { "≤" };
+        let value = goal.value.map(|value| told(value.median));
+        let range = goal
+            .value
+            .map(|value| format!("{:.2}–{:.2}", value.low, value.high));
+        vec![
+            goal.what.clone(),
+            goal.load.clone(),
+            value.unwrap_or_default(),
+            range.unwrap_or_default(),
+            goal.peer.clone().unwrap_or_default(),
+            format!("{sign} {}", told(goal.must)),
+            goal.aim.map(told).unwrap_or_default(),
+            goal.outcome.words().to_owned(),
         ]
     }));
     rows

@@ -18,6 +18,7 @@ use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use crate::failure::Failure;
 use crate::tls;
@@ -69,6 +70,19 @@ pub(crate) struct TlsFiles {
     pub(crate) ca: Option<PathBuf>,
     pub(crate) cert: Option<PathBuf>,
     pub(crate) key: Option<PathBuf>,
+    /// The one application protocol to offer, instead of that of HTTP/1 or HTTP/2.
+    pub(crate) alpn: Option<&'static str>,
+    pub(crate) key_exchange: KeyExchange,
+}
+
+/// Which key exchanges are offered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum KeyExchange {
+    /// The hybrid of X25519 and ML-KEM-768 first, then X25519, with a share for each.
+    #[default]
+    Hybrid,
+    /// X25519 alone.
+    X25519,
 }
 
 /// A call, ready to be made any number of times.
@@ -83,8 +97,10 @@ pub(crate) struct Target {
     pub(crate) request: Request<()>,
     pub(crate) body: Bytes,
     address: SocketAddr,
-    tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+    tls: Option<Tls>,
 }
+
+type Tls = (Arc<ClientConfig>, ServerName<'static>);
 
 impl Target {
     /// Resolves names and reads certificates.
@@ -103,11 +119,12 @@ impl Target {
         };
         let to = format!("{host}:{port}");
         let tls = if url.tls {
-            let alpn = if call.protocol == Protocol::Http1 {
+            let usual = if call.protocol == Protocol::Http1 {
                 "http/1.1"
             } else {
                 "h2"
             };
+            let alpn = call.tls.alpn.unwrap_or(usual);
             let name = ServerName::try_from(url.host.clone())
                 .with_context(|| format!("{} is no name for TLS", url.host))?;
             Some((Arc::new(tls::client(&call.tls, alpn)?), name))
@@ -141,23 +158,50 @@ impl Target {
         })
     }
 
+    /// Makes one TLS handshake and returns the name of the key exchange that was agreed on; none
+    /// without TLS.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::connect`].
+    pub(crate) async fn key_exchange(&self) -> Result<Option<String>, Failure> {
+        let Some(tls) = &self.tls else {
+            return Ok(None);
+        };
+        let session = self.secure(self.dial().await?, tls).await?;
+        let group = session.get_ref().1.negotiated_key_exchange_group();
+        Ok(group.map(|group| format!("{:?}", group.name())))
+    }
+
     async fn open(&self) -> Result<Box<dyn Io>, Failure> {
+        let stream = self.dial().await?;
+        match &self.tls {
+            Some(tls) => Ok(Box::new(self.secure(stream, tls).await?)),
+            None => Ok(Box::new(stream)),
+        }
+    }
+
+    async fn dial(&self) -> Result<TcpStream, Failure> {
         let refused = |error: std::io::Error| Failure::Connect {
             to: self.to.clone(),
             reason: error.to_string(),
         };
         let stream = TcpStream::connect(self.address).await.map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;
-        let Some((config, name)) = &self.tls else {
-            return Ok(Box::new(stream));
-        };
+        Ok(stream)
+    }
+
+    async fn secure(
+        &self,
+        stream: TcpStream,
+        (config, name): &Tls,
+    ) -> Result<TlsStream<TcpStream>, Failure> {
         let connector = TlsConnector::from(Arc::clone(config));
         let session = connector.connect(name.clone(), stream).await;
-        let session = session.map_err(|error| Failure::Tls {
+        session.map_err(|error| Failure::Tls {
             to: self.to.clone(),
             reason: error.to_string(),
-        })?;
-        Ok(Box::new(session))
+        })
     }
 }
 

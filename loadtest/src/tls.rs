@@ -1,18 +1,21 @@
 //! The client's side of TLS.
 //!
-//! Invariant: a server is verified unless `--insecure` says otherwise.
+//! Invariant: a server is verified unless `--insecure` says otherwise, and every handshake is a full
+//! one: a resumed session would not cost what a new caller's does.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::aws_lc_rs::kx_group;
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
-use crate::target::{TlsFiles, read};
+use crate::target::{KeyExchange, TlsFiles, read};
 
 /// Where distributions keep the public roots.
 const SYSTEM_ROOTS: &[&str] = &[
@@ -27,7 +30,18 @@ const SYSTEM_ROOTS: &[&str] = &[
 ///
 /// When a file cannot be read or holds nothing usable.
 pub(crate) fn client(files: &TlsFiles, alpn: &str) -> anyhow::Result<ClientConfig> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
+    let provider = Arc::new(CryptoProvider {
+        kx_groups: match files.key_exchange {
+            KeyExchange::Hybrid => vec![
+                kx_group::X25519MLKEM768,
+                kx_group::X25519,
+                kx_group::SECP256R1,
+                kx_group::SECP384R1,
+            ],
+            KeyExchange::X25519 => vec![kx_group::X25519],
+        },
+        ..aws_lc_rs::default_provider()
+    });
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()?;
     let builder = if files.insecure {
@@ -44,6 +58,7 @@ pub(crate) fn client(files: &TlsFiles, alpn: &str) -> anyhow::Result<ClientConfi
         }
         _ => builder.with_no_client_auth(),
     };
+    config.resumption = Resumption::disabled();
     config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
     Ok(config)
 }

@@ -69,7 +69,7 @@ fn report_holds_every_load_and_needs_nothing_else() {
     let report = folder.path().join("report");
     let results = measure(&format!("--targets direct --report {}", report.display()));
     let runs = results["runs"].as_array().unwrap();
-    assert_eq!(runs.len(), 14, "seven loads, twice");
+    assert_eq!(runs.len(), 16, "eight loads of calls, twice");
     runs.iter().for_each(check_answered);
     let grpc = runs.iter().filter(|run| run["load"]["protocol"] == "grpc");
     assert!(grpc.clone().count() == 2);
@@ -84,7 +84,7 @@ fn report_holds_every_load_and_needs_nothing_else() {
     assert_eq!(written, results);
     let page = std::fs::read_to_string(report.join("index.html")).unwrap();
     assert!(
-        page.matches("<svg ").count() >= 21,
+        page.matches("<svg ").count() >= 24,
         "a curve for each load, a picture for each run"
     );
     for fetched in ["src=", "href=", "@import", "url(", "<script"] {
@@ -111,15 +111,20 @@ fn sidecars_are_measured_with_their_cpu_and_memory() {
     }
     // 256 calls at once of binaries that are not optimized: on a busy machine one takes a second.
     let results = measure(&format!(
-        "--targets sidegate --loads c16,grpc --repetitions 1 --duration 3s --warmup 1s --bin-dir {}",
+        "--targets sidegate --loads c16,grpc,tls,idle --repetitions 1 --duration 3s --warmup 1s --bin-dir {}",
         folder.display()
     ));
     let runs = results["runs"].as_array().unwrap();
-    assert_eq!(runs.len(), 4, "two loads and two targets");
+    assert_eq!(
+        runs.len(),
+        5,
+        "two loads on two targets, one on the sidecar"
+    );
     runs.iter().for_each(check_answered);
     for run in runs.iter().filter(|run| run["target"] == "sidegate") {
         let hops = run["processes"].as_array().unwrap();
-        assert_eq!(hops.len(), 2);
+        let new = run["load"]["new_connections"].as_bool().unwrap();
+        assert_eq!(hops.len(), if new { 1 } else { 2 });
         for hop in hops {
             assert!(hop["cpu_us_per_request"].as_f64().unwrap() > 1.0, "{hop}");
             assert!(hop["rss_idle_kib"].as_u64().unwrap() > 1024, "{hop}");
@@ -129,6 +134,19 @@ fn sidecars_are_measured_with_their_cpu_and_memory() {
             );
         }
     }
+    let idle = &results["idle_connections"][0];
+    assert_eq!(idle["target"], "sidegate");
+    let bytes = idle["bytes_per_connection"][0].as_f64().unwrap();
+    assert!((1024.0..1e6).contains(&bytes), "{idle}");
+    let notes = results["notes"].to_string();
+    assert!(notes.contains("sidegate X25519MLKEM768"), "{notes}");
+    let outcome = |what: &str| {
+        let goals = results["goals"].as_array().unwrap();
+        let goal = goals.iter().find(|goal| goal["what"] == what).unwrap();
+        goal["outcome"].clone()
+    };
+    assert_eq!(outcome("CPU per request and hop"), "not-measured");
+    assert_ne!(outcome("memory of a connection"), "not-measured");
     let configurations = results["configurations"].as_object().unwrap();
     let policy = configurations["sidegate: resources/called.yaml"]
         .as_str()

@@ -3,19 +3,22 @@
 //! One worker each; TLS 1.3 with P-256; the caller's and the called's SPIFFE IDs matched exactly;
 //! RBAC with as many rules as Sidegate's, of which the last admits the caller; a JSON access log
 //! into a file. Request IDs and path normalisation, which cost time, are off; circuit breakers are
-//! open; windows are as wide as Sidegate's.
+//! open; windows are as wide as Sidegate's. The called side hands out no session tickets: every
+//! handshake that is measured is a full one, and a ticket that nobody uses would only cost.
 
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use http::HeaderMap;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
 use super::certificates::{self, spiffe_id};
-use super::peer::Peer;
+use super::peer::{Inbound, Peer};
 use super::process::{Process, free_address, output};
 use super::{RULES, workspace};
+use crate::target::{Protocol, TlsFiles};
 
 const TYPE: &str = "type.googleapis.com/envoy.extensions";
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -113,6 +116,7 @@ pub(crate) async fn start(
         name: mode.target().to_owned(),
         authority: outbound.to_string(),
         grpc: mode == Mode::Http2,
+        inbound: Some(called(folder, inbound, mode)),
         ..Peer::default()
     };
     let mut version = Command::new(binary);
@@ -146,6 +150,25 @@ pub(crate) async fn start(
         peer.hops.push(envoy);
     }
     Ok(peer)
+}
+
+/// What the caller's Envoy needs to call the other.
+fn called(folder: &Path, address: SocketAddr, mode: Mode) -> Inbound {
+    Inbound {
+        address,
+        protocol: match mode {
+            Mode::Http1 => Protocol::Http1,
+            Mode::Http2 => Protocol::Http2,
+        },
+        headers: HeaderMap::new(),
+        tls: TlsFiles {
+            // Certificates carry SPIFFE IDs and no name; the generator only has to be let in.
+            insecure: true,
+            cert: Some(folder.join("caller.pem")),
+            key: Some(folder.join("caller.key")),
+            ..TlsFiles::default()
+        },
+    }
 }
 
 fn caller_config(folder: &Path, listen: SocketAddr, called: SocketAddr, mode: Mode) -> Value {
@@ -189,6 +212,8 @@ fn called_config(folder: &Path, listen: SocketAddr, backend: SocketAddr) -> Valu
         "typed_config": {
             "@type": format!("{TYPE}.transport_sockets.tls.v3.DownstreamTlsContext"),
             "require_client_certificate": true,
+            "disable_stateless_session_resumption": true,
+            "disable_stateful_session_resumption": true,
             "common_tls_context": common,
         },
     });

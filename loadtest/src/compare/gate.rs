@@ -1,47 +1,73 @@
 //! Before anything is measured: does each target do what it is measured for?
 //!
-//! Invariant: a proxy that lets pass what no rule admits is never compared.
+//! Invariant: a proxy that lets pass what no rule admits, or a caller without a certificate, is
+//! never compared.
 
-use std::time::Duration;
+use std::cell::RefCell;
+use std::rc::Rc;
 
 use anyhow::{Context, ensure};
 use http::{HeaderMap, Method};
+use tokio::task::JoinSet;
 
-use super::peer::Peer;
-use crate::http1::Connection;
-use crate::target::{Call, Protocol, Target, TlsFiles};
+use super::held;
+use super::peer::{Inbound, Peer};
+use crate::target::{Call, KeyExchange, Protocol, Target, TlsFiles};
 
 /// What a rule admits, and what none does.
 const ADMITTED: &str = "/bytes/100";
 const REFUSED: &str = "/nobody/may";
-const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Makes one call that must be answered and, through proxies, one that must be refused.
+/// Makes one call that must be answered and, through proxies, those that must be refused.
+///
+/// Returns the key exchange that the called side's proxy chose from what sidecars offer.
 ///
 /// # Errors
 ///
 /// When the target did otherwise.
-pub(super) async fn check(peer: &Peer) -> anyhow::Result<()> {
+pub(super) async fn check(peer: &Peer) -> anyhow::Result<Option<String>> {
     let name = &peer.name;
-    let admitted = status(peer, ADMITTED)
-        .await
-        .with_context(|| format!("{name} does not answer"))?;
+    let status = async |path: &str| status(&plain(peer, path)?).await;
+    let admitted = status(ADMITTED).await;
+    let admitted = admitted.with_context(|| format!("{name} does not answer"))?;
     ensure!(
         admitted == 200,
         "{name} answers {admitted} to what it should admit"
     );
-    if !peer.hops.is_empty() {
-        let refused = status(peer, REFUSED).await?;
-        ensure!(
-            refused == 403,
-            "{name} answers {refused} to what no rule admits"
-        );
+    if peer.hops.is_empty() {
+        return Ok(None);
     }
-    Ok(())
+    let refused = status(REFUSED).await?;
+    ensure!(
+        refused == 403,
+        "{name} answers {refused} to what no rule admits"
+    );
+    match &peer.inbound {
+        Some(inbound) => called(name, inbound).await,
+        None => Ok(None),
+    }
 }
 
-async fn status(peer: &Peer, path: &str) -> anyhow::Result<u16> {
-    let call = Call {
+/// The called side's proxy alone: with the caller's certificate, and without one.
+async fn called(name: &str, inbound: &Inbound) -> anyhow::Result<Option<String>> {
+    let mut call = inbound.call(ADMITTED, KeyExchange::Hybrid)?;
+    let admitted = status(&call).await;
+    let admitted = admitted.with_context(|| format!("{name}'s called side does not answer"))?;
+    ensure!(
+        admitted == 200,
+        "{name}'s called side answers {admitted} to the caller's certificate"
+    );
+    let key_exchange = Target::prepare(&call).await?.key_exchange().await?;
+    (call.tls.cert, call.tls.key) = (None, None);
+    ensure!(
+        status(&call).await.is_err(),
+        "{name}'s called side answers a caller without a certificate"
+    );
+    Ok(key_exchange)
+}
+
+fn plain(peer: &Peer, path: &str) -> anyhow::Result<Call> {
+    Ok(Call {
         url: format!("http://{}{path}", peer.authority).parse()?,
         protocol: Protocol::Http1,
         method: Method::GET,
@@ -50,9 +76,11 @@ async fn status(peer: &Peer, path: &str) -> anyhow::Result<u16> {
         grpc_method: None,
         proxy: peer.via.clone(),
         tls: TlsFiles::default(),
-    };
-    let target = Target::prepare(&call).await?;
-    let mut connection = Connection::new(target.connect(TIMEOUT).await?);
-    let answer = tokio::time::timeout(TIMEOUT, connection.call(&target.bytes, false));
-    Ok(answer.await.context("no answer in time")??.status)
+    })
+}
+
+async fn status(call: &Call) -> anyhow::Result<u16> {
+    let target = Target::prepare(call).await?;
+    let tasks = Rc::new(RefCell::new(JoinSet::new()));
+    Ok(held::open(&target, &tasks).await?.1)
 }

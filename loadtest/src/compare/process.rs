@@ -13,6 +13,8 @@ use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 
+use crate::children::Group;
+
 /// Longest wait for a process to be ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
@@ -24,6 +26,8 @@ const TAIL_LINES: usize = 5;
 pub(crate) struct Process {
     pub(crate) name: String,
     pub(crate) pid: u32,
+    #[expect(dead_code, reason = "ends the process when it is dropped")]
+    group: Group,
     child: Child,
     output: std::path::PathBuf,
 }
@@ -38,17 +42,17 @@ impl Process {
         let output = folder.join(format!("{name}.out"));
         let file =
             File::create(&output).with_context(|| format!("cannot write {}", output.display()))?;
-        let child = command
+        command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
-            .stderr(file)
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("cannot start {name}"))?;
+            .stderr(file);
+        let started = Group::spawn(&mut command);
+        let (group, child) = started.with_context(|| format!("cannot start {name}"))?;
         let pid = child.id().context("the process has ended already")?;
         Ok(Self {
             name: name.to_owned(),
             pid,
+            group,
             child,
             output,
         })
@@ -124,11 +128,14 @@ pub(crate) fn free_address() -> anyhow::Result<SocketAddr> {
 /// When it fails, with what it said.
 pub(crate) async fn output(mut command: Command) -> anyhow::Result<String> {
     let what = format!("{:?}", command.as_std());
-    let output = command
+    command
         .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output()
-        .await;
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let started = Group::spawn(&mut command);
+    let (group, child) = started.with_context(|| format!("cannot run {what}"))?;
+    let output = child.wait_with_output().await;
+    group.ended();
     let output = output.with_context(|| format!("cannot run {what}"))?;
     if !output.status.success() {
         bail!(

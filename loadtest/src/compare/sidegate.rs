@@ -11,11 +11,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::process::Command;
 
 use super::RULES;
-use super::peer::Peer;
+use super::peer::{Inbound, Peer};
 use super::process::{Process, free_address, output};
+use crate::children::Group;
+use crate::target::{Protocol, TlsFiles};
 
 const NAMESPACE: &str = "bench";
 
@@ -56,12 +59,12 @@ async fn build() -> anyhow::Result<PathBuf> {
             "-p",
             "sidegate-ca",
         ])
-        .current_dir(&workspace)
-        .kill_on_drop(true);
-    let status = cargo
-        .status()
-        .await
-        .context("cannot run cargo; name the binaries with --bin-dir")?;
+        .current_dir(&workspace);
+    let started = Group::spawn(&mut cargo);
+    let (group, mut child) =
+        started.context("cannot run cargo; name the binaries with --bin-dir")?;
+    let status = child.wait().await?;
+    group.ended();
     ensure!(status.success(), "cargo build failed");
     let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
     Ok(workspace.join(target).join("dist"))
@@ -122,7 +125,27 @@ pub(crate) async fn start(
         peer.hops.push(sidecar);
     }
     peer.via = Some(front.outbound.to_string().parse()?);
+    peer.inbound = Some(inbound(folder, behind.inbound));
     Ok(peer)
+}
+
+/// What the caller's sidecar needs to call the other: its own SVID, which is in its state folder.
+fn inbound(folder: &Path, address: SocketAddr) -> Inbound {
+    let svid = folder.join("caller-state").join("svid.pem");
+    let spoken = HeaderName::from_static("sidegate-protocol");
+    Inbound {
+        address,
+        protocol: Protocol::Http2,
+        headers: HeaderMap::from_iter([(spoken, HeaderValue::from_static("http/1.1"))]),
+        tls: TlsFiles {
+            // Sidecars know each other by SPIFFE ID; the generator only has to be let in.
+            insecure: true,
+            cert: Some(svid.clone()),
+            key: Some(svid),
+            alpn: Some("sidegate/1"),
+            ..TlsFiles::default()
+        },
+    }
 }
 
 async fn authority(binaries: &Path, folder: &Path) -> anyhow::Result<Process> {
@@ -207,6 +230,7 @@ inbound: {{ address: \"{}\" }}
 admin: {{ address: \"{}\" }}
 health: {{ address: \"{}\" }}
 log: {{ path: {account}.log }}
+state: {account}-state
 ",
             self.outbound, self.inbound, self.admin, self.health
         )

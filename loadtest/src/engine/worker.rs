@@ -41,6 +41,7 @@ struct Context {
     record: RefCell<Record>,
     live: Arc<Live>,
     timeout: Duration,
+    new_connections: bool,
 }
 
 /// Connects, says so, waits for the signal, and makes its share of the calls.
@@ -102,6 +103,7 @@ async fn load(
         record: RefCell::new(Record::new(span)),
         live: Arc::clone(&job.live),
         timeout: job.load.timeout,
+        new_connections: job.load.new_connections,
     });
     let timer = Timer::new()?;
     timer.until(start).await?;
@@ -177,7 +179,7 @@ impl Context {
 }
 
 async fn call_alone(context: Rc<Context>, own: Connection) {
-    let mut own = Some(own);
+    let mut own = (!context.new_connections).then_some(own);
     let head_only = context.target.request.method() == Method::HEAD;
     while let Some(start) = context.schedule.next().await {
         context.record.borrow_mut().begin(&start);
@@ -192,7 +194,7 @@ async fn call_alone(context: Rc<Context>, own: Connection) {
             })
             .await;
         let outcome = outcome.map(|(answer, connection)| {
-            own = answer.reusable.then_some(connection);
+            own = (answer.reusable && !context.new_connections).then_some(connection);
             answer
         });
         context.ended(&start, &outcome);
@@ -203,6 +205,9 @@ async fn call_alone(context: Rc<Context>, own: Connection) {
 async fn call_shared(context: Rc<Context>, shared: Rc<Shared>) {
     while let Some(start) = context.schedule.next().await {
         context.record.borrow_mut().begin(&start);
+        if context.new_connections {
+            shared.forget().await;
+        }
         let call = shared.call(&context.target, CONNECT_TIMEOUT);
         let outcome = context.in_time(call).await;
         context.ended(&start, &outcome);
