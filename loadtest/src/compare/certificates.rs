@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 
 /// The SPIFFE ID of one end.
@@ -31,7 +31,13 @@ pub(crate) fn write(folder: &Path, accounts: &[&str]) -> anyhow::Result<()> {
     let issuer = Issuer::new(params, key);
     for account in accounts {
         let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::URI(spiffe_id(account).as_str().try_into()?)];
+        // By name and subject for peers that read no SPIFFE ID.
+        params.subject_alt_names = vec![
+            SanType::URI(spiffe_id(account).as_str().try_into()?),
+            SanType::DnsName((*account).try_into()?),
+        ];
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, *account);
         params.extended_key_usages = vec![
             ExtendedKeyUsagePurpose::ClientAuth,
             ExtendedKeyUsagePurpose::ServerAuth,

@@ -59,8 +59,10 @@ async fn called(name: &str, inbound: &Inbound) -> anyhow::Result<Option<String>>
     );
     let key_exchange = Target::prepare(&call).await?.key_exchange().await?;
     (call.tls.cert, call.tls.key) = (None, None);
+    // Some refuse it only once a call has come, and in words.
+    let refused = status(&call).await.map_or(true, |status| status >= 400);
     ensure!(
-        status(&call).await.is_err(),
+        refused,
         "{name}'s called side answers a caller without a certificate"
     );
     Ok(key_exchange)

@@ -1,23 +1,37 @@
 //! Which targets there are on this machine, and how each is started.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use tokio::process::Command;
 
 use super::envoy::{self, Mode};
 use super::peer::Peer;
-use super::{gate, sidegate};
+use super::process::output;
+use super::{gate, haproxy, nginx, sidegate};
 use crate::cli::{Compare, Usage};
 use crate::summary::{DIRECT, OWN};
 
 /// Every target, in the order of the report.
-pub(super) const TARGETS: &[&str] = &[DIRECT, OWN, "envoy-h1", "envoy-h2"];
+pub(super) const TARGETS: &[&str] = &[
+    DIRECT,
+    OWN,
+    "envoy-h1",
+    "envoy-h2",
+    nginx::NAME,
+    haproxy::NAME,
+];
+/// Those that are measured only with `--with` or `--targets`.
+pub(super) const EXTRA: &[&str] = &[nginx::NAME, haproxy::NAME];
 
 /// The binaries, and what they stand in front of.
 pub(super) struct Launcher {
     sidegate: Option<PathBuf>,
     envoy: Option<PathBuf>,
+    /// Of the targets in [`EXTRA`], by name.
+    extra: BTreeMap<&'static str, PathBuf>,
     folder: PathBuf,
     backend: SocketAddr,
 }
@@ -38,6 +52,7 @@ impl Launcher {
         let mut launcher = Self {
             sidegate: None,
             envoy: None,
+            extra: BTreeMap::new(),
             folder,
             backend,
         };
@@ -54,6 +69,10 @@ impl Launcher {
                 targets.retain(|target| !target.starts_with("envoy"));
                 notes.push(format!("Envoy is left out: no binary was found. {how}."));
             }
+        }
+        for name in EXTRA.iter().filter(|name| targets.contains(name)) {
+            let binary = packaged(name, options.install_peers).await;
+            launcher.extra.insert(name, binary.map_err(Usage)?);
         }
         if targets.contains(&OWN) {
             let (binaries, note) = sidegate::binaries(options.bin_dir.as_deref()).await?;
@@ -85,9 +104,44 @@ impl Launcher {
             }
             "envoy-h1" => envoy::start(envoy()?, &folder, self.backend, Mode::Http1).await?,
             "envoy-h2" => envoy::start(envoy()?, &folder, self.backend, Mode::Http2).await?,
-            _ => bail!("there is no target {target}"),
+            other => {
+                let binary = self.extra.get(other);
+                let binary = binary.with_context(|| format!("no binary of {other}"))?;
+                if other == nginx::NAME {
+                    nginx::start(binary, &folder, self.backend).await?
+                } else {
+                    haproxy::start(binary, &folder, self.backend).await?
+                }
+            }
         };
         peer.key_exchange = gate::check(&peer).await?;
         Ok(peer)
     }
+}
+
+/// Where the packages of distributions put servers, which a user's PATH often lacks.
+const SYSTEM: &[&str] = &["/usr/sbin", "/usr/local/sbin"];
+
+/// The binary of a package of that name; installed first when that is asked for.
+async fn packaged(name: &str, install: bool) -> anyhow::Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let find = || {
+        std::env::split_paths(&path)
+            .chain(SYSTEM.iter().map(|folder| Path::new(folder).to_owned()))
+            .map(|folder| folder.join(name))
+            .find(|file| file.is_file())
+    };
+    if let Some(found) = find() {
+        return Ok(found);
+    }
+    if !install {
+        bail!("no binary of {name} was found; --install-peers installs it by apt-get");
+    }
+    let mut apt = Command::new("apt-get");
+    apt.args(["install", "--yes", "--no-install-recommends", name])
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        // The package's own service is not started.
+        .env("RUNLEVEL", "1");
+    output(apt).await?;
+    find().with_context(|| format!("the package {name} was installed, and holds no binary"))
 }

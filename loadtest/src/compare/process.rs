@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -126,7 +126,26 @@ pub(crate) fn free_address() -> anyhow::Result<SocketAddr> {
 /// # Errors
 ///
 /// When it fails, with what it said.
-pub(crate) async fn output(mut command: Command) -> anyhow::Result<String> {
+pub(crate) async fn output(command: Command) -> anyhow::Result<String> {
+    Ok(text(&run(command).await?.stdout))
+}
+
+/// As [`output`], with what it printed on standard error behind it.
+///
+/// # Errors
+///
+/// As [`output`].
+pub(crate) async fn output_of_both(command: Command) -> anyhow::Result<String> {
+    let output = run(command).await?;
+    let both = [text(&output.stdout), text(&output.stderr)].concat();
+    Ok(both)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim().to_owned()
+}
+
+async fn run(mut command: Command) -> anyhow::Result<Output> {
     let what = format!("{:?}", command.as_std());
     command
         .stdin(Stdio::null())
@@ -138,10 +157,7 @@ pub(crate) async fn output(mut command: Command) -> anyhow::Result<String> {
     group.ended();
     let output = output.with_context(|| format!("cannot run {what}"))?;
     if !output.status.success() {
-        bail!(
-            "{what} failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("{what} failed: {}", text(&output.stderr));
     }
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    Ok(output)
 }
