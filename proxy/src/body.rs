@@ -322,15 +322,15 @@ pub trait Watch: Send + Unpin + 'static {
 }
 
 /// A body that is watched.
-pub struct Watched<W> {
-    body: Body,
+pub struct Watched<W, B = Body> {
+    body: B,
     watch: W,
     done: bool,
 }
 
-impl<W: Watch> Watched<W> {
+impl<W: Watch, B: HttpBody> Watched<W, B> {
     /// Watches `body`. A body that is already at its end is reported as ended at once.
-    pub fn new(body: Body, mut watch: W) -> Self {
+    pub fn new(body: B, mut watch: W) -> Self {
         let done = body.is_end_stream();
         if done {
             watch.ended();
@@ -339,7 +339,11 @@ impl<W: Watch> Watched<W> {
     }
 }
 
-impl<W: Watch> HttpBody for Watched<W> {
+impl<W, B> HttpBody for Watched<W, B>
+where
+    W: Watch,
+    B: HttpBody<Data = Bytes, Error = BodyError> + Unpin,
+{
     type Data = Bytes;
     type Error = BodyError;
 

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
@@ -75,8 +75,8 @@ struct Connection {
     peer: Arc<Peer>,
     /// Why it was cut, once it was.
     cut: OnceLock<RequestError>,
-    /// A stream has begun or ended.
-    used: Notify,
+    /// When its last stream ended, while none is open.
+    quiet_since: Mutex<SystemTime>,
     /// The peer's settings have come, and allow tunnels; or the connection has ended.
     tunnels: Notify,
     clock: Arc<dyn Clock>,
@@ -297,6 +297,24 @@ impl Connection {
     fn active(&self) -> usize {
         self.active.load(Ordering::Acquire)
     }
+
+    /// A stream has ended.
+    fn ended(&self) {
+        if self.active.load(Ordering::Acquire) == 1 {
+            // Noted first: whoever finds no stream open finds when the last one ended.
+            *lock(&self.quiet_since) = self.clock.now();
+        }
+        self.active.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// How long a stream has been missing; zero while one is open.
+    fn quiet(&self) -> Duration {
+        if self.active() > 0 {
+            return Duration::ZERO;
+        }
+        let now = self.clock.now();
+        now.duration_since(*lock(&self.quiet_since)).unwrap_or_default()
+    }
 }
 
 impl std::fmt::Debug for Connection {
@@ -358,7 +376,6 @@ impl Lease {
 impl Slot {
     fn new(connection: Arc<Connection>, host: &Arc<Host>) -> Self {
         connection.active.fetch_add(1, Ordering::AcqRel);
-        connection.used.notify_waiters();
         Self {
             connection,
             host: Arc::clone(host),
@@ -378,8 +395,7 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.connection.active.fetch_sub(1, Ordering::AcqRel);
-        self.connection.used.notify_waiters();
+        self.connection.ended();
         // One place for one waiter.
         self.host.changed.notify_one();
     }

@@ -10,6 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream};
 use http::Request;
@@ -50,6 +53,30 @@ pub(super) struct Session {
     frames: Arc<Notify>,
 }
 
+/// What may happen to a connection besides its calls.
+enum Event {
+    /// It ends now.
+    End(End),
+    /// It should take no new call.
+    Leave,
+    /// Its peer had better go.
+    Farewell,
+    /// Its peer does not answer any more.
+    Silent,
+}
+
+/// What ends a connection at once.
+enum End {
+    /// The earlier of the two certificates has ended.
+    Expired,
+    /// The peer is no longer believed.
+    Cut,
+    /// A drain has ended.
+    Drained,
+    /// The peer floods it; the code of the log.
+    Flood(&'static str),
+}
+
 type Http2 = Connection<Metered<Carrier>, Bytes>;
 
 /// Serves the connection to its end.
@@ -85,49 +112,78 @@ pub(super) async fn run(
 
 impl Session {
     async fn serve(self: &Arc<Self>, mut http2: Http2) {
-        let shared = &self.inbound.shared;
-        let mut leave = std::pin::pin!(self.time_to_leave());
-        let mut farewell = std::pin::pin!(shared.drain.asked_to_leave());
-        let mut end = std::pin::pin!(self.certificate_end());
-        let mut alive = std::pin::pin!(self.keepalive(&mut http2));
-        // Who connects to a workload that is known to end has no other to go to.
-        let mut told = shared.drain.is_asked_to_leave();
+        let mut events = self.events(&mut http2);
         let mut leaving = false;
         loop {
             tokio::select! {
                 // What ends the connection comes before what it brings.
                 biased;
-                () = &mut end => {
-                    self.link.cut("expired");
-                    return self.close(http2, wire::certificate_ended()).await;
-                }
-                _ = self.link.was_cut() => {
-                    return self.close(http2, wire::certificate_ended()).await;
-                }
-                () = shared.drain.closed() => {
-                    self.link.end_calls(&Ending::Drained);
-                    return self.close(http2, Reason::NO_ERROR).await;
-                }
-                flood = self.flooded() => {
-                    handshake::log_cut(shared, &self.link, flood);
-                    self.link.end_calls(&Ending::Flood);
-                    return self.close(http2, Reason::ENHANCE_YOUR_CALM).await;
-                }
-                () = &mut leave, if !leaving => {
-                    leaving = true;
-                    http2.graceful_shutdown();
-                }
-                // Told to go, and served until it has gone.
-                () = &mut farewell, if !told && !leaving => {
-                    told = true;
-                    http2.graceful_shutdown();
-                }
+                Some(event) = events.next() => match event {
+                    // Told to go, and served until it has gone.
+                    Event::Farewell if leaving => {}
+                    Event::Farewell => http2.graceful_shutdown(),
+                    Event::Leave => {
+                        leaving = true;
+                        http2.graceful_shutdown();
+                    }
+                    Event::End(end) => {
+                        let reason = self.end(end);
+                        return self.close(http2, reason).await;
+                    }
+                    Event::Silent => return,
+                },
                 next = http2.accept() => match next {
                     Some(Ok((request, respond))) => self.begin(request, respond, leaving),
                     Some(Err(error)) => return self.broken(&error),
                     None => return,
                 },
-                () = &mut alive => return,
+            }
+        }
+    }
+
+    /// What may happen to the connection besides its calls. Only what was woken is polled: the
+    /// connection itself is, for each of its calls.
+    fn events<'a>(&'a self, http2: &mut Http2) -> FuturesUnordered<BoxFuture<'a, Event>> {
+        let drain = &self.inbound.shared.drain;
+        let alive = self.keepalive(http2);
+        let events = FuturesUnordered::new();
+        events.push(self.ended().map(Event::End).boxed());
+        events.push(self.time_to_leave().map(|()| Event::Leave).boxed());
+        events.push(alive.map(|()| Event::Silent).boxed());
+        // Who connects to a workload that is known to end has no other to go to.
+        if !drain.is_asked_to_leave() {
+            events.push(drain.asked_to_leave().map(|()| Event::Farewell).boxed());
+        }
+        events
+    }
+
+    /// Waits for what ends the connection at once.
+    async fn ended(&self) -> End {
+        tokio::select! {
+            biased;
+            () = self.certificate_end() => End::Expired,
+            _ = self.link.was_cut() => End::Cut,
+            () = self.inbound.shared.drain.closed() => End::Drained,
+            flood = self.flooded() => End::Flood(flood),
+        }
+    }
+
+    /// Tells the calls why they end; the reason that the peer is told.
+    fn end(&self, end: End) -> Reason {
+        match end {
+            End::Expired => {
+                self.link.cut("expired");
+                wire::certificate_ended()
+            }
+            End::Cut => wire::certificate_ended(),
+            End::Drained => {
+                self.link.end_calls(&Ending::Drained);
+                Reason::NO_ERROR
+            }
+            End::Flood(flood) => {
+                handshake::log_cut(&self.inbound.shared, &self.link, flood);
+                self.link.end_calls(&Ending::Flood);
+                Reason::ENHANCE_YOUR_CALM
             }
         }
     }
@@ -237,7 +293,10 @@ impl Session {
         }
         let session = Arc::clone(self);
         let tasks = self.inbound.shared.drain.tasks();
-        tasks.spawn(async move { request::serve(&session, request, respond).await });
+        // Boxed, since a task is moved several times before it runs, and this one is large.
+        tasks.spawn(Box::pin(async move {
+            request::serve(&session, request, respond).await;
+        }));
     }
 
     /// Lets the calls, which have been told to end, say so, then says goodbye with `reason`.

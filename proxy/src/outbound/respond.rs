@@ -82,7 +82,7 @@ impl Exchange {
             abort: (self.head.spoken == Spoken::Http10).then_some(caller.abort),
             grpc: self.head.is_grpc(),
         };
-        Response::from_parts(head, Body::boxed(Watched::new(Body::boxed(body), recorder)))
+        Response::from_parts(head, Body::boxed(Watched::new(body, recorder)))
     }
 
     /// The 101 to an HTTP/1.1 caller; what follows is bytes.

@@ -6,11 +6,14 @@
 use std::future::poll_fn;
 use std::io;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use h2::client::SendRequest;
 use sidegate_mesh::access_log::Direction;
 use sidegate_mtls::{HandshakeError, Peer};
@@ -44,7 +47,7 @@ pub(super) async fn run(pool: Arc<Pool>, host: Arc<Host>, permit: Permit) {
                 active: AtomicUsize::new(0),
                 peer: Arc::new(peer),
                 cut: OnceLock::new(),
-                used: Notify::new(),
+                quiet_since: Mutex::new(pool.shared.clock.now()),
                 tunnels: Notify::new(),
                 clock: Arc::clone(&pool.shared.clock),
             });
@@ -215,11 +218,20 @@ async fn drive(pool: &Arc<Pool>, host: &Arc<Host>, connection: Arc<Connection>, 
             None => std::future::pending().await,
         }
     };
+    let gone = async {
+        gone.await;
+        tracing::debug!(upstream.addr = %host.key.address, "no answer to a ping");
+    };
+    let cut = async { watch.cut(watch.until_cut().await) };
+    // Apart, and polled only when one of them is woken: the frames are, for each call.
+    let mut ends: FuturesUnordered<BoxFuture<'_, ()>> = FuturesUnordered::new();
+    ends.push(gone.boxed());
+    ends.push(cut.boxed());
     tokio::select! {
         () = frames => {}
-        () = gone => tracing::debug!(upstream.addr = %host.key.address, "no answer to a ping"),
-        error = watch.until_cut() => watch.cut(error),
+        _ = ends.next() => {}
     }
+    drop(ends);
     drop(guard);
 }
 
@@ -283,20 +295,15 @@ impl Watch<'_> {
     async fn idle(&self) {
         let limit = self.pool.shared.config.limits.pool_idle_timeout;
         loop {
-            let Some(connection) = self.connection.upgrade() else {
+            let Some(quiet) = self.connection.upgrade().map(|it| it.quiet()) else {
                 return;
             };
-            let used = connection.used.notified();
-            tokio::pin!(used);
-            used.as_mut().enable();
-            if connection.active() > 0 {
-                used.await;
-                continue;
+            let left = limit.saturating_sub(quiet);
+            if left.is_zero() {
+                return;
             }
-            tokio::select! {
-                () = self.pool.shared.clock.sleep(limit) => return,
-                () = used => {}
-            }
+            // Looked at again then, instead of at each call's begin and end.
+            self.pool.shared.clock.sleep(left).await;
         }
     }
 
