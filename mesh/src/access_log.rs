@@ -6,11 +6,15 @@
 
 mod escape;
 mod line;
+mod write;
 
+use std::borrow::Cow;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use crate::decision::Verdict;
 
@@ -54,109 +58,126 @@ pub enum Protocol {
     Tcp,
 }
 
-/// One call. Built while the call runs, written when it ends.
-#[derive(Clone, Debug, Serialize)]
+impl Direction {
+    /// The word of logs and labels.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+}
+
+impl Protocol {
+    /// The word of logs and labels.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http1 => "http/1.1",
+            Self::Http2 => "h2",
+            Self::Grpc => "grpc",
+            Self::WebSocket => "websocket",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// Where one end of a call is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// Of one connection.
+    Socket(SocketAddr),
+    /// Of the connections of one peer, whose ports differ.
+    Host(IpAddr),
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Self::Socket(address)
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(address) => address.fmt(f),
+            Self::Host(address) => address.fmt(f),
+        }
+    }
+}
+
+/// One call. Built while the call runs, written when it ends. A field's name is its member's, but
+/// for the two times, which are written as milliseconds: `duration_ms` and `upstream_ms`.
+#[derive(Clone, Debug)]
 pub struct Record {
-    /// Always `access`.
-    pub kind: &'static str,
-    /// The call's start, RFC 3339 in UTC with microseconds.
-    pub time: String,
-    /// From the call's start to its end, milliseconds with microseconds.
-    pub duration_ms: f64,
-    /// From forwarding to the head of the response, milliseconds with microseconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub upstream_ms: Option<f64>,
+    /// The call's start; written as RFC 3339 in UTC with microseconds.
+    pub time: SystemTime,
+    /// From the call's start to its end.
+    pub duration: Duration,
+    /// From forwarding to the head of the response.
+    pub upstream: Option<Duration>,
     /// Which side wrote this.
     pub direction: Direction,
     /// What the application spoke.
     pub protocol: Protocol,
     /// SPIFFE ID of the caller, from its certificate.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<Arc<str>>,
     /// SPIFFE ID of the called, from its certificate.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub destination: Option<Arc<str>>,
     /// `orders.shop:80`.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub destination_service: Option<Arc<str>>,
     /// Address of the peer that connected.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub source_address: Option<String>,
+    pub source_address: Option<Address>,
     /// Address of the upstream that served.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub destination_address: Option<String>,
+    pub destination_address: Option<Address>,
     /// Method as forwarded.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
-    pub method: Option<String>,
+    pub method: Option<Cow<'static, str>>,
     /// Authority as forwarded.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub authority: Option<String>,
     /// Path as forwarded, without its query, cut at 2 KiB.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "path")]
     pub path: Option<String>,
-    /// Present and true when there was a query string.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    /// Whether there was a query string; written only when there was.
     pub query: bool,
     /// gRPC service of the path.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub grpc_service: Option<String>,
     /// gRPC method of the path.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub grpc_method: Option<String>,
     /// gRPC status code, from the trailers.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub grpc_status: Option<u32>,
     /// gRPC status message, from the trailers.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub grpc_message: Option<String>,
     /// HTTP status that the caller saw.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
     /// What the policy decided; absent outbound unless the peer refused.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub decision: Option<Verdict>,
     /// `namespace/name` of the policy that decided.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<Arc<str>>,
     /// Name of the rule that decided.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<Arc<str>>,
     /// Why it was decided or failed so.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
-    pub reason: Option<String>,
+    pub reason: Option<Cow<'static, str>>,
     /// What the caller of a refused call was told.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub decision_id: Option<String>,
     /// What policies in mode Audit would have said.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub audit: Option<Arc<str>>,
     /// Body bytes from the caller, as transferred.
     pub request_bytes: u64,
     /// Body bytes to the caller, as transferred.
     pub response_bytes: u64,
     /// Reason code of a failure made by the sidecar.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<&'static str>,
     /// Further facts, such as `retried`.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub flags: Vec<&'static str>,
     /// How often the call was tried, when more than once.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub attempts: Option<u32>,
     /// `TLSv1.3`.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_version: Option<&'static str>,
     /// Number of the snapshot that decided.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<u64>,
     /// `x-request-id`.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub request_id: Option<String>,
     /// Trace ID of `traceparent`.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub trace_id: Option<String>,
     /// `user-agent`, cut at 256 bytes.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "user_agent")]
     pub user_agent: Option<String>,
 }
 
@@ -180,62 +201,21 @@ impl Record {
     }
 
     /// Appends the record to `line` as one line with its line feed.
-    ///
-    /// # Errors
-    ///
-    /// None that a record can cause; serde's signature. `line` is then as it was.
-    pub fn write_line(&self, line: &mut Vec<u8>) -> serde_json::Result<()> {
-        let before = line.len();
-        let formatter = escape::Escaped;
-        let mut serializer = serde_json::Serializer::with_formatter(&mut *line, formatter);
-        let written = self.serialize(&mut serializer);
-        match written {
-            Ok(()) => line.push(b'\n'),
-            Err(_) => line.truncate(before),
-        }
-        written
+    pub fn write_line(&self, line: &mut Vec<u8>) {
+        write::line(self, line);
     }
 }
 
-/// RFC 3339 in UTC with microseconds, as [`Record::time`] has it.
+/// RFC 3339 in UTC with microseconds, as a line has it.
 pub fn timestamp(time: SystemTime) -> String {
-    let time = time::OffsetDateTime::from(time);
-    let (year, month, day) = time.to_calendar_date();
-    let (hour, minute, second, micros) = time.to_hms_micro();
-    let month = u8::from(month);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+    let mut text = Vec::with_capacity(32);
+    write::timestamp(&mut text, time);
+    String::from_utf8(text).unwrap_or_default()
 }
 
 /// `text` with at most `max` bytes, cut between characters.
 pub fn cut(text: &str, max: usize) -> &str {
     text.get(..text.floor_char_boundary(max)).unwrap_or(text)
-}
-
-#[expect(clippy::ref_option, reason = "serde's signature")]
-fn text<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
-    bounded(text, TEXT_BYTES_MAX, serializer)
-}
-
-#[expect(clippy::ref_option, reason = "serde's signature")]
-fn path<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
-    bounded(text, PATH_BYTES_MAX, serializer)
-}
-
-#[expect(clippy::ref_option, reason = "serde's signature")]
-fn user_agent<S: Serializer>(text: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
-    bounded(text, USER_AGENT_BYTES_MAX, serializer)
-}
-
-#[expect(clippy::ref_option, reason = "serde's signature")]
-fn bounded<S: Serializer>(
-    text: &Option<String>,
-    max: usize,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    match text {
-        Some(text) => serializer.serialize_str(cut(text, max)),
-        None => serializer.serialize_none(),
-    }
 }
 
 #[cfg(test)]

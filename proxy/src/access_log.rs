@@ -122,7 +122,8 @@ impl Handle {
             Some(tap) => tap(record),
             None => LINE.with_borrow_mut(|line| {
                 line.clear();
-                record.write_line(line).is_ok() && self.queue(record, line)
+                record.write_line(line);
+                self.queue(record, line)
             }),
         };
         if !kept {

@@ -4,12 +4,13 @@
 //! latest; then with the flag `cut_off`, so a task that was aborted still leaves its record. The
 //! same facts feed the metrics.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use http::{HeaderMap, response};
+use http::{HeaderMap, Method, response};
 use sidegate_mesh::access_log::{self, Direction, Protocol, Record};
 use sidegate_mesh::{Decision, SpiffeId, Verdict};
 
@@ -96,14 +97,14 @@ impl Call {
 
     /// Where the caller connected from.
     pub fn from_address(&mut self, address: SocketAddr) {
-        self.record.source_address = Some(address.to_string());
+        self.record.source_address = Some(address.into());
     }
 
     /// What is asked for, as it is forwarded.
     pub fn describe(&mut self, head: &Head) {
         let record = &mut self.record;
         record.protocol = protocol_of(head);
-        record.method = Some(head.method.as_str().to_owned());
+        record.method = Some(method_text(&head.method));
         record.authority = head.authority.as_ref().map(ToString::to_string);
         record.path = Some(cut(head.path.as_str(), PATH_BYTES_MAX));
         record.query = head.query.is_some();
@@ -117,8 +118,8 @@ impl Call {
     }
 
     /// What was asked for in a request whose syntax is refused: for whoever looks for the attacker.
-    pub fn describe_refused(&mut self, method: &str, path: &str) {
-        self.record.method = Some(cut(method, TEXT_BYTES_MAX));
+    pub fn describe_refused(&mut self, method: &Method, path: &str) {
+        self.record.method = Some(method_text(method));
         self.record.path = Some(cut(path, PATH_BYTES_MAX));
     }
 
@@ -138,7 +139,7 @@ impl Call {
         record.decision = Some(decision.verdict);
         record.policy.clone_from(&decision.policy);
         record.rule.clone_from(&decision.rule);
-        record.reason = Some(decision.reason.to_owned());
+        record.reason = Some(decision.reason.into());
         record.audit.clone_from(&decision.audit);
         record.snapshot = Some(number);
     }
@@ -151,7 +152,7 @@ impl Call {
     /// The head of the response that the caller gets.
     pub fn answered(&mut self, head: &response::Parts) {
         self.record.status = Some(head.status.as_u16());
-        self.record.upstream_ms = self.forwarded.map(|since| milliseconds(since.elapsed()));
+        self.record.upstream = self.forwarded.map(|since| since.elapsed());
         self.grpc_end(&head.headers);
     }
 
@@ -182,7 +183,7 @@ impl Call {
             record.decision = Some(Verdict::Deny);
         }
         if let Some(reason) = error.log_reason() {
-            record.reason = Some(cut(&reason, TEXT_BYTES_MAX));
+            record.reason = Some(cut(&reason, TEXT_BYTES_MAX).into());
         }
         if !matches!(error, RequestError::Denied { .. }) {
             record.error = Some(error.code());
@@ -207,7 +208,7 @@ impl Call {
         }
         let elapsed = self.started.elapsed();
         let record = &mut self.record;
-        record.duration_ms = milliseconds(elapsed);
+        record.duration = elapsed;
         record.request_bytes = self.bytes.request.load(Ordering::Relaxed);
         record.response_bytes = self.bytes.response.load(Ordering::Relaxed);
         let metrics = &self.shared.metrics;
@@ -236,10 +237,9 @@ impl Drop for Call {
 /// A record of something that begins at `now`, with nothing known yet.
 pub fn empty_record(direction: Direction, now: SystemTime) -> Record {
     Record {
-        kind: "access",
-        time: rfc3339(now),
-        duration_ms: 0.0,
-        upstream_ms: None,
+        time: now,
+        duration: Duration::ZERO,
+        upstream: None,
         direction,
         protocol: Protocol::Http2,
         source: None,
@@ -295,22 +295,26 @@ fn trace_id(traceparent: &str) -> Option<String> {
     valid.then(|| id.to_owned())
 }
 
-/// Milliseconds with microseconds.
-fn milliseconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
+/// A method's name; that of a usual one takes no memory.
+fn method_text(method: &Method) -> Cow<'static, str> {
+    const USUAL: [(&Method, &str); 7] = [
+        (&Method::GET, "GET"),
+        (&Method::POST, "POST"),
+        (&Method::PUT, "PUT"),
+        (&Method::DELETE, "DELETE"),
+        (&Method::PATCH, "PATCH"),
+        (&Method::HEAD, "HEAD"),
+        (&Method::OPTIONS, "OPTIONS"),
+    ];
+    match USUAL.iter().find(|(usual, _)| *usual == method) {
+        Some((_, name)) => Cow::Borrowed(name),
+        None => Cow::Owned(cut(method.as_str(), TEXT_BYTES_MAX)),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_call_of_days_keeps_its_duration() {
-        let days = Duration::from_hours(72);
-        assert!((milliseconds(days) - 259_200_000.0).abs() < 0.001);
-        let short = Duration::from_nanos(1_234_567);
-        assert!((milliseconds(short) - 1.235).abs() < f64::EPSILON);
-    }
 
     #[test]
     fn a_trace_id_is_taken_only_from_its_own_form() {

@@ -185,14 +185,14 @@ impl Metrics {
 
     /// Open connections in one direction.
     pub fn connections_open(&self, direction: Direction) -> Gauge {
-        let direction = direction_word(direction);
+        let direction = direction.as_str();
         self.connections
             .get_or_create_owned(&ConnectionLabels { direction })
     }
 
     /// Counts a failed handshake; `reason` is a code of the program, never a peer's words.
     pub fn handshake_failure(&self, direction: Direction, reason: &'static str) {
-        let direction = direction_word(direction);
+        let direction = direction.as_str();
         let labels = HandshakeLabels { direction, reason };
         self.handshake_failures.get_or_create(&labels).inc();
     }
@@ -217,25 +217,6 @@ impl Metrics {
     /// How many series name peers now.
     pub fn series(&self) -> usize {
         self.pairs.series()
-    }
-}
-
-/// The word of logs and labels.
-pub(crate) fn direction_word(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Inbound => "inbound",
-        Direction::Outbound => "outbound",
-    }
-}
-
-/// The word of logs and labels.
-pub(crate) fn protocol_word(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Http1 => "http/1.1",
-        Protocol::Http2 => "h2",
-        Protocol::Grpc => "grpc",
-        Protocol::WebSocket => "websocket",
-        Protocol::Tcp => "tcp",
     }
 }
 

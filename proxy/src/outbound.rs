@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use http::{Request, Response};
 use hyper::upgrade::OnUpgrade;
-use sidegate_mesh::access_log::{Direction, Protocol};
+use sidegate_mesh::access_log::{Address, Direction, Protocol};
 use sidegate_mesh::host::ServiceName;
 use sidegate_mesh::routes::PortProtocol;
 use sidegate_mesh::{Clock, Verdict};
@@ -298,7 +298,7 @@ impl Outbound {
         let permit = self.admit()?;
         let refused = (parts.method.clone(), parts.uri.path().to_owned());
         let head = headers::sanitize(parts, Sender::Application, &self.wire)
-            .inspect_err(|_| call.describe_refused(refused.0.as_str(), &refused.1))?;
+            .inspect_err(|_| call.describe_refused(&refused.0, &refused.1))?;
         call.describe(&head);
         if head.kind != Kind::WebSocket {
             // Any other upgrade is ignored, and requests may follow.
@@ -395,7 +395,7 @@ impl Outbound {
         };
         let record = call.record();
         record.attempts = (tries > 1).then_some(tries);
-        record.destination_address = endpoint.map(|endpoint| endpoint.to_string());
+        record.destination_address = endpoint.map(Address::Socket);
         let answer = outcome?;
         let peer = answer.held.slot.peer();
         record.tls_version = Some(peer.tls_version);

@@ -63,7 +63,7 @@ async fn a_request_goes_to_the_service_of_its_host() {
     );
     assert_eq!(record.destination.as_deref(), Some(id("orders").as_str()));
     assert_eq!(record.source.as_deref(), Some(id("web").as_str()));
-    assert_eq!(record.destination_address, Some(peer.address.to_string()));
+    assert_eq!(record.destination_address, Some(peer.address.into()));
     assert_eq!((record.status, record.response_bytes), (Some(200), 2));
     assert_eq!(
         (record.path.as_deref(), record.query),
@@ -74,7 +74,7 @@ async fn a_request_goes_to_the_service_of_its_host() {
         (Some("TLSv1.3"), Some(1))
     );
     assert_eq!((record.error, record.attempts), (None, None));
-    assert!(record.upstream_ms.is_some());
+    assert!(record.upstream.is_some());
 }
 
 #[tokio::test]

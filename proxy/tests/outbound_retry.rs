@@ -78,7 +78,7 @@ async fn an_endpoint_that_refuses_connections_is_passed_over_and_left_alone() {
             "a POST too: it was never sent"
         );
         let record = web.record().await;
-        assert_eq!(record.destination_address, Some(live.address.to_string()));
+        assert_eq!(record.destination_address, Some(live.address.into()));
         retried += usize::from(record.attempts == Some(2));
     }
     // Tried once at most, then left alone for a second that doubles; more only on a slow machine.

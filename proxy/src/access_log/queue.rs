@@ -5,10 +5,11 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
-use sidegate_mesh::access_log::Record;
+use sidegate_mesh::access_log::{Address, Record, timestamp};
 use tokio::sync::oneshot;
 
 /// Bytes of room for each record of room; a line may be longer while others are shorter.
@@ -80,7 +81,7 @@ impl Taken {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Peer {
     source: Option<Arc<str>>,
-    address: Option<String>,
+    address: Option<IpAddr>,
     destination: Option<Arc<str>>,
     decision: Option<&'static str>,
     error: Option<&'static str>,
@@ -89,7 +90,7 @@ struct Peer {
 #[derive(Debug)]
 struct Sum {
     first: Record,
-    last_time: String,
+    last_time: SystemTime,
     count: u64,
 }
 
@@ -151,13 +152,13 @@ impl Queue {
             Entry::Occupied(mut entry) => {
                 let sum = entry.get_mut();
                 sum.count += 1;
-                sum.last_time.clone_from(&record.time);
+                sum.last_time = record.time;
             }
             Entry::Vacant(entry) => {
                 let first = common(record, entry.key());
                 entry.insert(Sum {
                     first,
-                    last_time: record.time.clone(),
+                    last_time: record.time,
                     count: 1,
                 });
             }
@@ -237,10 +238,9 @@ impl Queue {
 impl Peer {
     fn of(record: &Record) -> Self {
         // Without the port, which differs for each connection of one peer.
-        let address = record.source_address.as_deref().map(|address| {
-            address
-                .parse::<SocketAddr>()
-                .map_or_else(|_| address.to_owned(), |address| address.ip().to_string())
+        let address = record.source_address.map(|address| match address {
+            Address::Socket(address) => address.ip(),
+            Address::Host(address) => address,
         });
         Self {
             source: record.source.clone(),
@@ -254,14 +254,13 @@ impl Peer {
 
 impl Sum {
     fn write_line(&self, lines: &mut Vec<u8>) {
-        if self.first.write_line(lines).is_err() {
-            return;
-        }
+        self.first.write_line(lines);
         // Further members behind those of the record; both values are ours and need no escape.
         lines.truncate(lines.len().saturating_sub(b"}\n".len()));
         let more = format!(
             ",\"count\":{},\"last_time\":\"{}\"}}\n",
-            self.count, self.last_time
+            self.count,
+            timestamp(self.last_time)
         );
         lines.extend_from_slice(more.as_bytes());
     }
@@ -271,12 +270,12 @@ impl Sum {
 fn common(record: &Record, peer: &Peer) -> Record {
     Record {
         source: peer.source.clone(),
-        source_address: peer.address.clone(),
+        source_address: peer.address.map(Address::Host),
         destination: peer.destination.clone(),
         error: peer.error,
         flags: vec!["aggregated"],
-        duration_ms: 0.0,
-        upstream_ms: None,
+        duration: Duration::ZERO,
+        upstream: None,
         destination_address: None,
         method: None,
         authority: None,

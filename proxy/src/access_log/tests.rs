@@ -1,4 +1,5 @@
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,8 +21,8 @@ fn denial(source: &str, port: u16) -> Record {
     let mut record = record("/secret");
     record.decision = Some(Verdict::Deny);
     record.source = Some(source.into());
-    record.source_address = Some(format!("127.0.0.1:{port}"));
-    record.reason = Some("no rule admits".to_owned());
+    record.source_address = Some(SocketAddr::from(([127, 0, 0, 1], port)).into());
+    record.reason = Some("no rule admits".into());
     record
 }
 

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use sidegate_mesh::Verdict;
-use sidegate_mesh::access_log::{Direction, Protocol};
+use sidegate_mesh::access_log::{Address, Direction, Protocol};
 use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -118,11 +118,11 @@ pub(super) fn log_refused(
 ) {
     let mut record = empty_record(Direction::Inbound, shared.clock.now());
     record.protocol = Protocol::Tcp;
-    record.source_address = Some(from.to_string());
+    record.source_address = Some(from.into());
     record.destination = Some(Arc::clone(shared.workload.id.text()));
-    record.destination_address = to.map(|to| to.to_string());
+    record.destination_address = to.map(Address::Socket);
     record.decision = Some(Verdict::Deny);
     record.error = Some("destination_refused");
-    record.reason = Some(reason.to_owned());
+    record.reason = Some(reason.into());
     shared.log.record(&record);
 }

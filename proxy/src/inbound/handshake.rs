@@ -216,15 +216,15 @@ pub(super) fn retrust(shared: &Shared, link: &Arc<Link>) {
 }
 
 /// Records that a connection was ended, and why; its calls have records of their own.
-pub(super) fn log_cut(shared: &Shared, link: &Link, reason: &str) {
+pub(super) fn log_cut(shared: &Shared, link: &Link, reason: &'static str) {
     let mut record = empty_record(Direction::Inbound, shared.clock.now());
     record.protocol = Protocol::Tcp;
     record.source = link.peer().map(|peer| Arc::clone(peer.id.text()));
-    record.source_address = Some(link.address().to_string());
+    record.source_address = Some(link.address().into());
     record.destination = Some(Arc::clone(shared.workload.id.text()));
     record.decision = Some(Verdict::Deny);
     record.error = Some("connection_cut");
-    record.reason = Some(reason.to_owned());
+    record.reason = Some(reason.into());
     record.tls_version = link.peer().map(|peer| peer.tls_version);
     shared.log.record(&record);
 }
@@ -293,17 +293,16 @@ fn log_refusal(
     shared.metrics.handshake_failure(Direction::Inbound, code);
     let mut record = empty_record(Direction::Inbound, since);
     record.protocol = Protocol::Tcp;
-    record.source_address = Some(address.to_string());
+    record.source_address = Some(address.into());
     record.destination = Some(Arc::clone(shared.workload.id.text()));
     record.decision = Some(Verdict::Deny);
     record.error = Some("tls_handshake");
     record.reason = Some(match (code, claimed) {
-        ("plaintext", _) => "plaintext refused".to_owned(),
-        (code, Some(claimed)) => format!("{code}, claimed {claimed}"),
-        (code, None) => code.to_owned(),
+        ("plaintext", _) => "plaintext refused".into(),
+        (code, Some(claimed)) => format!("{code}, claimed {claimed}").into(),
+        (code, None) => code.into(),
     });
-    let elapsed = shared.clock.now().duration_since(since).unwrap_or_default();
-    record.duration_ms = elapsed.as_secs_f64() * 1000.0;
+    record.duration = shared.clock.now().duration_since(since).unwrap_or_default();
     shared.log.record(&record);
 }
 

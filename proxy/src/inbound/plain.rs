@@ -142,7 +142,7 @@ async fn carry(
     // Registered before the first check: a policy change between the two would else be missed.
     let live = request::register(shared, link, subject.clone(), call);
     let _permit = request::admit(shared, link, &subject, call)?;
-    call.record().destination_address = Some(target.address.to_string());
+    call.record().destination_address = Some(target.address.into());
     call.forwarded();
     let counters = call.counters();
     let carried = async {

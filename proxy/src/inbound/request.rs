@@ -80,7 +80,7 @@ async fn handle_request(
     // Registered before the first check: a policy change between the two would else be missed.
     let live = register(shared, &session.link, subject.clone(), call);
     let _permit = admit(shared, &session.link, &subject, call)?;
-    call.record().destination_address = Some(target.address.to_string());
+    call.record().destination_address = Some(target.address.into());
     let deadline = grpc_deadline(&head);
     let exchange = exchange::Exchange {
         session,
@@ -110,7 +110,7 @@ fn sanitize(
     reply.speak_grpc(protocol == Protocol::Grpc);
     // Noted as it came, for whoever looks for an attacker; overwritten when it is in order.
     call.record().protocol = protocol;
-    call.describe_refused(parts.method.as_str(), parts.uri.path());
+    call.describe_refused(&parts.method, parts.uri.path());
     let head = headers::sanitize(parts, sender, &session.inbound.limits)?;
     reply.speak_grpc(head.kind == Kind::Grpc);
     call.describe(&head);

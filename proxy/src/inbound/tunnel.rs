@@ -42,7 +42,7 @@ pub(super) async fn handle_opaque(
     // Registered before the first check: a policy change between the two would else be missed.
     let live = register(shared, &session.link, subject.clone(), call);
     let _permit = admit(shared, &session.link, &subject, call)?;
-    call.record().destination_address = Some(target.address.to_string());
+    call.record().destination_address = Some(target.address.into());
     let carried = async {
         call.forwarded();
         let connected = session.inbound.application.connect(target.address);

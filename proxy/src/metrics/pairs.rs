@@ -16,7 +16,6 @@ use prometheus_client::registry::Registry;
 use sidegate_mesh::Verdict;
 use sidegate_mesh::access_log::{Direction, Protocol};
 
-use super::{direction_word, protocol_word};
 
 /// The identity under which whatever exceeds the bound is counted.
 pub const OTHER: &str = "other";
@@ -162,7 +161,7 @@ impl RequestLabels {
         });
         Self {
             direction: pair.direction,
-            protocol: protocol_word(protocol),
+            protocol: protocol.as_str(),
             source: pair.source,
             destination: pair.destination,
             status_class: outcome.status_class,
@@ -239,7 +238,7 @@ impl Pairs {
     ) -> Arc<PairMetrics> {
         let identity = |id: Option<&Arc<str>>| id.map_or_else(|| "".into(), Arc::clone);
         let pair = PairLabels {
-            direction: direction_word(direction),
+            direction: direction.as_str(),
             source: identity(source),
             destination: identity(destination),
         };

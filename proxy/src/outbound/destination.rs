@@ -8,7 +8,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use sidegate_mesh::access_log::Protocol;
+use sidegate_mesh::access_log::{Address, Protocol};
 use sidegate_mesh::host::{Authority, ServiceName};
 use sidegate_mesh::routes::{Endpoint, PortProtocol, Route, Routes, Traffic};
 use tokio::net::TcpStream;
@@ -140,7 +140,7 @@ impl Outbound {
     fn refuse_address(&self, address: SocketAddr, reason: &'static str, at: Option<SocketAddr>) {
         let mut call = self.begin(address);
         call.record().protocol = Protocol::Tcp;
-        call.record().destination_address = at.map(|at| at.to_string());
+        call.record().destination_address = at.map(Address::Socket);
         call.fail(&RequestError::DestinationRefused { reason });
         call.finish();
     }
@@ -224,7 +224,7 @@ impl Outbound {
             }
             Err(error) => {
                 let at = destined.original();
-                call.record().destination_address = at.map(|at| at.to_string());
+                call.record().destination_address = at.map(Address::Socket);
                 Err(error)
             }
         }

@@ -22,7 +22,7 @@ impl Outbound {
     pub(super) async fn pass(&self, io: Abortable, address: SocketAddr, at: SocketAddr) {
         let mut call = self.begin(address);
         call.record().protocol = Protocol::Tcp;
-        call.record().destination_address = Some(at.to_string());
+        call.record().destination_address = Some(at.into());
         // Until it has ended well, whatever closes the connection resets it.
         io.abort().arm();
         if let Err(error) = self.carry_to(io, at, &mut call).await {

@@ -339,7 +339,7 @@ async fn plaintext_is_refused_and_logged() {
         assert!(
             record
                 .source_address
-                .is_some_and(|from| from.starts_with("127.0.0.1:"))
+                .is_some_and(|from| from.to_string().starts_with("127.0.0.1:"))
         );
     }
     assert!(seen.all().is_empty());
@@ -358,7 +358,7 @@ async fn refused_as(sidecar: &Sidecar, store: &Arc<CredentialStore>) -> String {
         record.source.is_none(),
         "a refused certificate proves nothing"
     );
-    record.reason.unwrap()
+    record.reason.unwrap().into_owned()
 }
 
 #[tokio::test]

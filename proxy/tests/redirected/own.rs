@@ -27,7 +27,7 @@ async fn a_pod_that_calls_its_own_service_is_its_own_caller_on_both_sides() {
         assert_eq!(record.destination.as_deref(), Some(orders.id().as_str()));
         assert_eq!(
             record.destination_address,
-            Some(orders.at(8080).to_string())
+            Some(orders.at(8080).into())
         );
     }
 }

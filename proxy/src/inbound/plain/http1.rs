@@ -113,11 +113,11 @@ impl Caller {
         call: &mut Call,
     ) -> Result<Served, RequestError> {
         let shared = &self.inbound.shared;
-        call.describe_refused(parts.method.as_str(), parts.uri.path());
+        call.describe_refused(&parts.method, parts.uri.path());
         let head = headers::sanitize(parts, Sender::Application, &self.inbound.limits)?;
         call.describe(&head);
         let admitted = self.admit(head, call)?;
-        call.record().destination_address = Some(self.target.address.to_string());
+        call.record().destination_address = Some(self.target.address.into());
         let is_upgrade = admitted.head.kind == Kind::WebSocket;
         let body = if is_upgrade { Body::Empty } else { body };
         let pause_max = shared.config.limits.request_body_idle_timeout;
