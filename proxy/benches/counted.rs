@@ -98,10 +98,10 @@ type Passed = Result<(Request<()>, response::Parts), RequestError>;
 
 fn outbound(exchange: Exchange, limits: &WireLimits) -> Passed {
     let Exchange {
-        request,
+        mut request,
         mut response,
     } = exchange;
-    let head = headers::sanitize(request, Sender::Application, limits)?;
+    let head = headers::sanitize(&mut request, Sender::Application, limits)?;
     let request = head.to_wire(Some(PORT))?;
     headers::sanitize_response(&mut response, Sender::Sidecar);
     Ok((request, response))
@@ -109,10 +109,10 @@ fn outbound(exchange: Exchange, limits: &WireLimits) -> Passed {
 
 fn inbound(exchange: Exchange, limits: &WireLimits, caller: &SpiffeId) -> Passed {
     let Exchange {
-        request,
+        mut request,
         mut response,
     } = exchange;
-    let head = headers::sanitize(request, Sender::Sidecar, limits)?;
+    let head = headers::sanitize(&mut request, Sender::Sidecar, limits)?;
     let request = head.to_application(Some(caller))?;
     headers::sanitize_response(&mut response, Sender::Application);
     Ok((request, response))

@@ -7,6 +7,7 @@
 mod body;
 mod http1;
 mod http2;
+mod interims;
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,7 +18,6 @@ use h2::Reason;
 use http::{HeaderMap, Request, Response, StatusCode, Version};
 use sidegate_mesh::Clock;
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
 use crate::body::Body;
@@ -31,12 +31,7 @@ use crate::wire::tunnel::Abortable;
 pub use body::{Progress, RequestBody};
 pub use http1::{InUse, Upgrade};
 pub use http2::Stream;
-
-/// Informational responses of one request that wait to be passed on; more are dropped.
-const INFORMATIONAL_MAX: usize = 8;
-
-/// An informational (1xx) response.
-pub type Informational = Response<()>;
+pub use interims::{Informational, Interims};
 
 /// The connections of one worker to its application.
 #[derive(Clone)]
@@ -44,6 +39,16 @@ pub struct Application {
     dialer: Dialer,
     http1: http1::Pool,
     http2: http2::Pool,
+}
+
+/// A request for the application.
+pub struct Outgoing<F> {
+    /// Where the application is.
+    pub address: SocketAddr,
+    /// Makes the head; asked again where a second sending does no harm.
+    pub head: F,
+    /// The body.
+    pub body: Body,
 }
 
 /// The head and body of an application's answer, and what they came on.
@@ -107,23 +112,23 @@ impl Application {
         }
     }
 
-    /// Sends a request in the version that it has and waits for the head of its answer.
-    /// Informational answers go to `informational` before.
+    /// Sends a request in the version that its head has and waits for the head of its answer.
+    /// Informational answers go to `interims` before.
     ///
     /// # Errors
     ///
     /// [`RequestError::UpstreamConnect`] when the application could not be reached and so saw
-    /// nothing; else why there is no answer.
+    /// nothing; that of the head; else why there is no answer.
     pub async fn send(
         &self,
-        address: SocketAddr,
-        request: Request<Body>,
-        informational: mpsc::Sender<Informational>,
+        outgoing: Outgoing<impl Fn() -> Result<Request<()>, RequestError>>,
+        interims: &Interims,
     ) -> Result<Answer, RequestError> {
-        if request.version() == Version::HTTP_2 {
-            self.http2.send(address, request, informational).await
+        let head = (outgoing.head)()?;
+        if head.version() == Version::HTTP_2 {
+            self.http2.send(head, outgoing, interims).await
         } else {
-            self.http1.send(address, request, informational).await
+            self.http1.send(head, outgoing, interims).await
         }
     }
 
@@ -141,11 +146,6 @@ impl Application {
         self.http1.close_idle();
         self.http2.close_idle();
     }
-}
-
-/// A channel for the informational answers of one request.
-pub fn informational() -> (mpsc::Sender<Informational>, mpsc::Receiver<Informational>) {
-    mpsc::channel(INFORMATIONAL_MAX)
 }
 
 /// The bounds of every HTTP/2 connection of this sidecar.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use http::{HeaderMap, Method, response};
+use http::{HeaderMap, HeaderName, Method, header, request, response};
 use sidegate_mesh::access_log::{self, Direction, Protocol, Record};
 use sidegate_mesh::{Decision, SpiffeId, Verdict};
 
@@ -28,6 +28,12 @@ const PATH_BYTES_MAX: usize = 2048;
 const USER_AGENT_BYTES_MAX: usize = 256;
 /// Longest of the other texts that a peer chooses, in bytes.
 const TEXT_BYTES_MAX: usize = 256;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
+/// The code with which a gRPC call ended.
+pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 /// Body bytes of a call so far, shared with whatever carries them.
 #[derive(Debug, Default)]
@@ -118,19 +124,19 @@ impl Call {
     }
 
     /// What was asked for in a request whose syntax is refused: for whoever looks for the attacker.
-    pub fn describe_refused(&mut self, method: &Method, path: &str) {
-        self.record.method = Some(method_text(method));
-        self.record.path = Some(cut(path, PATH_BYTES_MAX));
+    pub fn describe_refused(&mut self, head: &request::Parts) {
+        self.record.method = Some(method_text(&head.method));
+        self.record.path = Some(cut(head.uri.path(), PATH_BYTES_MAX));
     }
 
     fn describe_fields(&mut self, headers: &HeaderMap) {
-        let text = |name: &str, max| {
+        let text = |name: &HeaderName, max| {
             let value = headers.get(name)?;
             Some(cut(&String::from_utf8_lossy(value.as_bytes()), max))
         };
-        self.record.user_agent = text("user-agent", USER_AGENT_BYTES_MAX);
-        self.record.request_id = text("x-request-id", TEXT_BYTES_MAX);
-        self.record.trace_id = text("traceparent", TEXT_BYTES_MAX).and_then(|t| trace_id(&t));
+        self.record.user_agent = text(&header::USER_AGENT, USER_AGENT_BYTES_MAX);
+        self.record.request_id = text(&REQUEST_ID, TEXT_BYTES_MAX);
+        self.record.trace_id = text(&TRACE_PARENT, TEXT_BYTES_MAX).and_then(|t| trace_id(&t));
     }
 
     /// What the policy of snapshot `number` decided.
@@ -158,15 +164,15 @@ impl Call {
 
     /// Reads `grpc-status` and `grpc-message` of trailers, or of a head without any.
     pub fn grpc_end(&mut self, fields: &HeaderMap) {
-        let text = |name| {
-            let value: &http::HeaderValue = fields.get(name)?;
+        let text = |name: &HeaderName| {
+            let value = fields.get(name)?;
             Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
         };
-        if let Some(status) = text("grpc-status") {
+        if let Some(status) = text(&GRPC_STATUS) {
             // 2 is UNKNOWN: what a client makes of a status that is no number.
             self.record.grpc_status = Some(status.parse().unwrap_or(2));
         }
-        if let Some(message) = text("grpc-message").filter(|message| !message.is_empty()) {
+        if let Some(message) = text(&GRPC_MESSAGE).filter(|message| !message.is_empty()) {
             self.record.grpc_message = Some(cut(&message, TEXT_BYTES_MAX));
         }
     }

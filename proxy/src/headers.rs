@@ -99,7 +99,7 @@ pub struct Head {
     pub expects_continue: bool,
 }
 
-/// Brings a request's head to its one form.
+/// Brings a request's head to its one form. Its fields are taken out of `parts`.
 ///
 /// # Errors
 ///
@@ -107,23 +107,18 @@ pub struct Head {
 /// understand in two ways; [`RequestError::HeaderListTooLarge`] beyond `limits`;
 /// [`RequestError::NotCarried`] for CONNECT.
 pub fn sanitize(
-    parts: request::Parts,
+    parts: &mut request::Parts,
     sender: Sender,
     limits: &WireLimits,
 ) -> Result<Head, RequestError> {
     if !limits.admit(&parts.headers, parts.uri.path().len()) {
         return Err(RequestError::HeaderListTooLarge);
     }
-    let upgrade = requested_upgrade(&parts)?;
-    let request::Parts {
-        method,
-        uri,
-        version,
-        mut headers,
-        ..
-    } = parts;
-    check_scheme(&uri)?;
-    if !http1::is_method(&method) {
+    let upgrade = requested_upgrade(parts)?;
+    let (method, uri, version) = (&parts.method, &parts.uri, parts.version);
+    let mut headers = std::mem::take(&mut parts.headers);
+    check_scheme(uri)?;
+    if !http1::is_method(method) {
         return Err(bad("method"));
     }
     let spoken = spoken(sender, version, &headers)?;
@@ -131,7 +126,7 @@ pub fn sanitize(
         Sender::Application => None,
         Sender::Sidecar => named_port(&headers)?,
     };
-    let authority = authority(&uri, &headers, spoken)?;
+    let authority = authority(uri, &headers, spoken)?;
     let te_trailers = lists(&headers, &TE, "trailers")
         || sender == Sender::Application && version == Version::HTTP_2;
     check_lengths(&headers, upgrade)?;
@@ -141,8 +136,8 @@ pub fn sanitize(
     // From here on only what is forwarded decides.
     let path = CanonicalPath::parse(uri.path()).map_err(|error| bad(error.code()))?;
     Ok(Head {
-        method: if upgrade { Method::GET } else { method },
-        query: query(&uri)?,
+        method: if upgrade { Method::GET } else { method.clone() },
+        query: query(uri)?,
         kind: kind(&headers, &path, upgrade)?,
         expects_continue: expects_continue(&headers)?,
         path,
@@ -523,15 +518,11 @@ fn strip(headers: &mut HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
     let nominated: Vec<HeaderName> = items(headers, &CONNECTION)
         .filter_map(|item| HeaderName::from_bytes(item).ok())
         .collect();
-    for name in nominated.iter().chain(&HOP_BY_HOP) {
-        headers.remove(name);
-    }
-    let identity: Vec<HeaderName> = headers
-        .keys()
-        .filter(|name| is_identity(name) && !keep(name))
-        .cloned()
-        .collect();
-    for name in identity {
+    let stripped = |name: &&HeaderName| {
+        HOP_BY_HOP.contains(name) || nominated.contains(name) || is_identity(name) && !keep(name)
+    };
+    let stripped: Vec<HeaderName> = headers.keys().filter(stripped).cloned().collect();
+    for name in stripped {
         headers.remove(name);
     }
 }

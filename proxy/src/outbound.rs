@@ -291,14 +291,13 @@ impl Outbound {
     async fn forward(
         self: &Arc<Self>,
         call: &mut Call,
-        parts: http::request::Parts,
+        mut parts: http::request::Parts,
         body: Body,
         caller: &mut Caller,
     ) -> Result<Exchange, RequestError> {
         let permit = self.admit()?;
-        let refused = (parts.method.clone(), parts.uri.path().to_owned());
-        let head = headers::sanitize(parts, Sender::Application, &self.wire)
-            .inspect_err(|_| call.describe_refused(&refused.0, &refused.1))?;
+        let head = headers::sanitize(&mut parts, Sender::Application, &self.wire)
+            .inspect_err(|_| call.describe_refused(&parts))?;
         call.describe(&head);
         if head.kind != Kind::WebSocket {
             // Any other upgrade is ignored, and requests may follow.
@@ -306,7 +305,9 @@ impl Outbound {
         }
         let (head, route) = self.select(call, head, &caller.destined).await?;
         call.record().destination_service = Some(Arc::clone(&route.service));
-        call.record().authority = head.authority.as_ref().map(ToString::to_string);
+        if !matches!(caller.destined, Destined::Authority) {
+            call.record().authority = head.authority.as_ref().map(ToString::to_string);
+        }
         let target = self.target(route);
         let body = respond::counted(body, call.counters());
         let outgoing = Arc::new(self.outgoing(&head, &target, body, caller)?);

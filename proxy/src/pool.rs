@@ -313,7 +313,8 @@ impl Connection {
             return Duration::ZERO;
         }
         let now = self.clock.now();
-        now.duration_since(*lock(&self.quiet_since)).unwrap_or_default()
+        now.duration_since(*lock(&self.quiet_since))
+            .unwrap_or_default()
     }
 }
 

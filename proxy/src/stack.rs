@@ -14,6 +14,7 @@ use tower::layer::layer_fn;
 use tower::util::BoxCloneSyncService;
 use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
 
+use crate::call::GRPC_STATUS;
 use crate::error::RequestError;
 use crate::forward::{self, Answer, Attempt, Failure};
 use crate::pool::Pool;
@@ -106,7 +107,7 @@ where
 /// Whether an answer says that the endpoint, not the request, is at fault.
 fn is_failure(answer: &Answer) -> bool {
     let head = &answer.head;
-    if head.headers.contains_key("grpc-status") {
+    if head.headers.contains_key(&GRPC_STATUS) {
         // UNAVAILABLE, INTERNAL and UNKNOWN in a trailers-only answer.
         return matches!(grpc_code(head.status, &head.headers), Some(2 | 13 | 14));
     }

@@ -120,7 +120,13 @@ fn every_member_is_written_and_reads_back() {
 
 #[test]
 fn times_are_written_as_other_programs_write_them() {
-    for micros in [0, 1, 951_782_399_999_999, 1_709_164_800_000_000, 4_102_444_799_100_000] {
+    for micros in [
+        0,
+        1,
+        951_782_399_999_999,
+        1_709_164_800_000_000,
+        4_102_444_799_100_000,
+    ] {
         let time = SystemTime::UNIX_EPOCH + Duration::from_micros(micros);
         let expected = humantime::format_rfc3339_micros(time).to_string();
         assert_eq!(timestamp(time), expected);
@@ -129,7 +135,12 @@ fn times_are_written_as_other_programs_write_them() {
 
 #[test]
 fn an_address_is_written_as_it_is_displayed() {
-    for address in ["0.0.0.0:1", "255.10.9.100:65535", "[::1]:80", "[fe80::1%2]:80"] {
+    for address in [
+        "0.0.0.0:1",
+        "255.10.9.100:65535",
+        "[::1]:80",
+        "[fe80::1%2]:80",
+    ] {
         let mut record = record();
         record.source_address = Some(Address::Socket(address.parse().unwrap()));
         let read = Line::parse(&line(&record)).unwrap();

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serializer as _;
 
 use super::{Address, PATH_BYTES_MAX, Record, TEXT_BYTES_MAX, USER_AGENT_BYTES_MAX, cut, escape};
+use crate::decision::Verdict;
 
 /// A member's name as it stands in a line, behind the member before it.
 macro_rules! name {
@@ -58,7 +59,7 @@ fn request(record: &Record, members: &mut Members<'_>) {
 }
 
 fn outcome(record: &Record, members: &mut Members<'_>) {
-    members.word(name!("decision"), record.decision.map(|it| it.as_str()));
+    members.word(name!("decision"), record.decision.map(Verdict::as_str));
     members.whole(name!("policy"), record.policy.as_deref());
     members.whole(name!("rule"), record.rule.as_deref());
     members.text(name!("reason"), record.reason.as_deref());
@@ -201,9 +202,9 @@ fn number(line: &mut Vec<u8>, value: u64) {
 
 /// `value` with at least `width` digits, at most 20.
 fn digits(line: &mut Vec<u8>, value: u64, width: usize) {
+    const ZEROS: &[u8; 20] = b"00000000000000000000";
     let mut buffer = itoa::Buffer::new();
     let text = buffer.format(value);
-    const ZEROS: &[u8; 20] = b"00000000000000000000";
     let zeros = width.saturating_sub(text.len());
     line.extend_from_slice(ZEROS.get(..zeros).unwrap_or(ZEROS));
     line.extend_from_slice(text.as_bytes());

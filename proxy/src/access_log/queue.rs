@@ -200,7 +200,7 @@ impl Queue {
     pub(super) fn take_lines(&mut self, spent: Vec<u8>) -> Vec<u8> {
         let mut lines = std::mem::replace(&mut self.lines, spent);
         let mut sums: Vec<Sum> = self.sums.drain().map(|(_, sum)| sum).collect();
-        sums.sort_by(|one, other| one.first.time.cmp(&other.first.time));
+        sums.sort_by_key(|sum| sum.first.time);
         for sum in &sums {
             sum.write_line(&mut lines);
         }

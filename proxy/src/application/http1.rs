@@ -16,10 +16,9 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
-use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::{Answer, Dialer, Exchange, Informational, informational_head, reset};
+use super::{Answer, Dialer, Exchange, Interims, Outgoing, informational_head, reset};
 use crate::body::Body;
 use crate::error::RequestError;
 use crate::http1::{ClientGuard, ClientHandle, GuardLimits, Rejection};
@@ -75,21 +74,16 @@ impl Pool {
 
     pub(super) async fn send(
         &self,
-        address: SocketAddr,
-        mut request: Request<Body>,
-        informational: mpsc::Sender<Informational>,
+        head: Request<()>,
+        outgoing: Outgoing<impl Fn() -> Result<Request<()>, RequestError>>,
+        interims: &Interims,
     ) -> Result<Answer, RequestError> {
-        let upgrade = request.headers().contains_key(header::UPGRADE);
-        hyper::ext::on_informational(&mut request, move |response| {
-            if let Some(head) = informational_head(response.status(), response.headers()) {
-                // A full queue drops it: nothing final depends on an informational answer.
-                drop(informational.try_send(head));
-            }
-        });
+        let upgrade = head.headers().contains_key(header::UPGRADE);
+        let harmless = is_harmless(head.method(), &outgoing.body);
+        let mut request = watched(head.map(|()| outgoing.body), interims);
         loop {
             let reusable = request.version() == Version::HTTP_11;
-            let (mut in_use, reused) = self.checkout(address, reusable).await?;
-            let copy = if reused { replayable(&request) } else { None };
+            let (mut in_use, reused) = self.checkout(outgoing.address, reusable).await?;
             let Some(connection) = &mut in_use.connection else {
                 return Err(reset(None, &"no connection"));
             };
@@ -100,11 +94,14 @@ impl Pool {
             };
             let rejection = connection.guard.rejection();
             let unsent = failed.take_message().filter(|_| reused);
-            let unanswered = copy.filter(|_| was_closed(failed.error()) && rejection.is_none());
-            match unsent.or(unanswered) {
-                Some(again) => request = again,
+            let unanswered = was_closed(failed.error()) && rejection.is_none();
+            request = match unsent {
+                Some(unsent) => unsent,
+                None if reused && harmless && unanswered => {
+                    watched((outgoing.head)()?.map(|()| Body::Empty), interims)
+                }
                 None => return Err(failure(failed.error(), rejection)),
-            }
+            };
         }
     }
 
@@ -251,22 +248,20 @@ fn answer(
     })
 }
 
-/// The request once more, where a second one does no harm: RFC 9110, 9.2.2.
-fn replayable(request: &Request<Body>) -> Option<Request<Body>> {
-    let safe = matches!(
-        *request.method(),
-        Method::GET | Method::HEAD | Method::OPTIONS
-    );
-    if !safe || !request.body().is_end_stream() {
-        return None;
-    }
-    let mut copy = Request::new(Body::Empty);
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.version_mut() = request.version();
-    *copy.headers_mut() = request.headers().clone();
-    *copy.extensions_mut() = request.extensions().clone();
-    Some(copy)
+/// A request whose informational answers go to `interims`.
+fn watched(mut request: Request<Body>, interims: &Interims) -> Request<Body> {
+    let interims = interims.clone();
+    hyper::ext::on_informational(&mut request, move |response| {
+        if let Some(head) = informational_head(response.status(), response.headers()) {
+            interims.add(head);
+        }
+    });
+    request
+}
+
+/// Whether a second request does no harm: RFC 9110, 9.2.2.
+fn is_harmless(method: &Method, body: &Body) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) && body.is_end_stream()
 }
 
 /// Whether a connection ended without an answer.

@@ -16,10 +16,9 @@ use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::{Request, Response};
 use http_body::Body as _;
-use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::{Answer, Dialer, Exchange, Informational, informational_head, reset};
+use super::{Answer, Dialer, Exchange, Interims, Outgoing, informational_head, reset};
 use crate::body::{Body, RecvBody};
 use crate::error::RequestError;
 use crate::wire::WireLimits;
@@ -93,19 +92,18 @@ impl Pool {
 
     pub(super) async fn send(
         &self,
-        address: SocketAddr,
-        request: Request<Body>,
-        informational: mpsc::Sender<Informational>,
+        head: Request<()>,
+        outgoing: Outgoing<impl Fn() -> Result<Request<()>, RequestError>>,
+        interims: &Interims,
     ) -> Result<Answer, RequestError> {
-        let (parts, body) = request.into_parts();
-        let head = Request::from_parts(parts, ());
+        let Outgoing { address, body, .. } = outgoing;
         let (connection, response, stream) =
             self.begin(address, &head, body.is_end_stream()).await?;
         let stream = Stream {
             sending: self.spawn_sending(body, stream),
             _call: connection.calls,
         };
-        let response = head_of(response, &informational).await?;
+        let response = head_of(response, interims).await?;
         let (parts, recv) = response.into_parts();
         let body = if recv.is_end_stream() {
             Body::Empty
@@ -229,16 +227,15 @@ impl Pool {
     }
 }
 
-/// The final head; informational ones go to `informational`.
+/// The final head; informational ones go to `interims`.
 async fn head_of(
     mut response: ResponseFuture,
-    informational: &mpsc::Sender<Informational>,
+    interims: &Interims,
 ) -> Result<Response<RecvStream>, RequestError> {
     while let Some(head) = poll_fn(|context| response.poll_informational(context)).await {
         let head = head.map_err(|error| failure(&error))?;
         if let Some(head) = informational_head(head.status(), head.headers()) {
-            // A full queue drops it: nothing final depends on an informational answer.
-            drop(informational.try_send(head));
+            interims.add(head);
         }
     }
     response.await.map_err(|error| failure(&error))

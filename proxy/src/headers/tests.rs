@@ -15,12 +15,12 @@ fn parts(method: &str, target: &str, fields: &[(&str, &str)]) -> request::Parts 
 fn from_sidecar(fields: &[(&str, &str)]) -> Result<Head, RequestError> {
     let mut parts = parts("GET", "http://orders.shop/orders/7?q=1", fields);
     parts.version = Version::HTTP_2;
-    sanitize(parts, Sender::Sidecar, &WireLimits::default())
+    sanitize(&mut parts, Sender::Sidecar, &WireLimits::default())
 }
 
 fn from_application(fields: &[(&str, &str)]) -> Result<Head, RequestError> {
-    let parts = parts("GET", "/orders/7?q=1", fields);
-    sanitize(parts, Sender::Application, &WireLimits::default())
+    let mut parts = parts("GET", "/orders/7?q=1", fields);
+    sanitize(&mut parts, Sender::Application, &WireLimits::default())
 }
 
 #[track_caller]
@@ -139,15 +139,15 @@ fn the_authority_is_one_or_the_request_is_refused() {
 fn http_1_0_needs_no_host() {
     let mut parts = parts("GET", "/", &[]);
     parts.version = Version::HTTP_10;
-    let head = sanitize(parts, Sender::Application, &WireLimits::default()).unwrap();
+    let head = sanitize(&mut parts, Sender::Application, &WireLimits::default()).unwrap();
     assert_eq!((head.authority, head.spoken), (None, Spoken::Http10));
 }
 
 #[test]
 fn the_path_forwarded_is_the_path_authorized() {
     let head = |target: &str| {
-        let parts = parts("GET", target, &[("host", "orders.shop")]);
-        sanitize(parts, Sender::Application, &WireLimits::default())
+        let mut parts = parts("GET", target, &[("host", "orders.shop")]);
+        sanitize(&mut parts, Sender::Application, &WireLimits::default())
     };
     let request = head("/%6Frders/%7Euser?x=%2f..")
         .unwrap()
@@ -199,7 +199,12 @@ fn a_websocket_is_a_get_on_both_sides_and_an_extended_connect_between() {
         "websocket"
     );
     assert!(!wire.headers().contains_key(CONNECTION) && !wire.headers().contains_key(UPGRADE));
-    let head = sanitize(wire.into_parts().0, Sender::Sidecar, &WireLimits::default()).unwrap();
+    let head = sanitize(
+        &mut wire.into_parts().0,
+        Sender::Sidecar,
+        &WireLimits::default(),
+    )
+    .unwrap();
     assert_eq!((head.kind, &head.method), (Kind::WebSocket, &Method::GET));
     let request = head.to_application(None).unwrap();
     assert_eq!(
@@ -232,7 +237,7 @@ fn an_upgrade_with_a_body_in_front_of_it_is_refused() {
 fn connect_is_refused_and_so_is_any_other_protocol() {
     let mut plain = parts("CONNECT", "orders.shop:80", &[]);
     plain.version = Version::HTTP_11;
-    let plain = sanitize(plain, Sender::Application, &WireLimits::default());
+    let plain = sanitize(&mut plain, Sender::Application, &WireLimits::default());
     assert_eq!(
         plain.unwrap_err(),
         RequestError::NotCarried { reason: "connect" }
@@ -241,7 +246,7 @@ fn connect_is_refused_and_so_is_any_other_protocol() {
     other
         .extensions
         .insert(h2::ext::Protocol::from_static("connect-udp"));
-    let other = sanitize(other, Sender::Sidecar, &WireLimits::default());
+    let other = sanitize(&mut other, Sender::Sidecar, &WireLimits::default());
     assert_eq!(
         other.unwrap_err(),
         RequestError::NotCarried { reason: "upgrade" }
@@ -256,8 +261,8 @@ fn a_grpc_call_has_a_grpc_path() {
             ("host", "a"),
             ("te", "trailers"),
         ];
-        let parts = parts("POST", target, &fields);
-        sanitize(parts, Sender::Application, &WireLimits::default())
+        let mut parts = parts("POST", target, &fields);
+        sanitize(&mut parts, Sender::Application, &WireLimits::default())
     };
     assert!(
         call("/shop.v1.Orders/Get", "application/grpc")
@@ -393,8 +398,8 @@ fn a_key_made_here_is_16_bytes_in_base64() {
 #[test]
 fn a_target_of_another_scheme_is_refused() {
     let of = |target: &str| {
-        let parts = parts("GET", target, &[]);
-        sanitize(parts, Sender::Application, &WireLimits::default())
+        let mut parts = parts("GET", target, &[]);
+        sanitize(&mut parts, Sender::Application, &WireLimits::default())
     };
     refused(of("ftp://orders.shop/orders/7"), "target_scheme");
     assert!(of("http://orders.shop/orders/7").is_ok());
@@ -414,10 +419,13 @@ fn a_method_in_small_letters_is_refused_however_it_came() {
         for method in ["get", "Get", "deletE"] {
             let mut parts = parts(method, "http://orders.shop/orders/7", &[]);
             parts.version = version;
-            refused(sanitize(parts, sender, &WireLimits::default()), "method");
+            refused(
+                sanitize(&mut parts, sender, &WireLimits::default()),
+                "method",
+            );
         }
         let mut parts = parts("PROP-FIND", "http://orders.shop/orders/7", &[]);
         parts.version = version;
-        assert!(sanitize(parts, sender, &WireLimits::default()).is_ok());
+        assert!(sanitize(&mut parts, sender, &WireLimits::default()).is_ok());
     }
 }

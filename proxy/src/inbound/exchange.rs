@@ -3,7 +3,7 @@
 //! Always true: the caller sees a clean end only where the application's answer had one; whoever
 //! gives up first, caller or application, is passed on to the other at once.
 
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use super::reply::Reply;
 use super::session::Session;
 use super::{Target, tunnel};
-use crate::application::{Answer, Progress, RequestBody, informational};
+use crate::application::{Answer, Interims, Outgoing, Progress, RequestBody};
 use crate::body::{Body, BodyError, RecvBody};
 use crate::call::{ByteCounters, Call};
 use crate::error::RequestError;
@@ -79,17 +79,19 @@ impl Exchange<'_> {
         call: &mut Call,
     ) -> Result<Answer, RequestError> {
         let caller = self.session.link.peer().map(|peer| &peer.id);
-        let request = self.head.to_application(caller)?.map(|()| body);
-        let (sender, mut informational) = informational();
+        let outgoing = Outgoing {
+            address: self.target.address,
+            head: || self.head.to_application(caller),
+            body,
+        };
+        let interims = Interims::default();
         let application = &self.session.inbound.application;
         call.forwarded();
-        let mut sent = Box::pin(application.send(self.target.address, request, sender));
+        let mut sent = pin!(application.send(outgoing, &interims));
         loop {
             tokio::select! {
                 biased;
-                Some(head) = informational.recv() => {
-                    reply.informational(clean(head));
-                }
+                head = interims.next() => reply.informational(clean(head)),
                 answer = &mut sent => return answer,
                 error = reply.was_reset() => return Err(error),
             }

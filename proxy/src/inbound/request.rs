@@ -96,7 +96,7 @@ async fn handle_request(
 
 fn sanitize(
     session: &Session,
-    parts: http::request::Parts,
+    mut parts: http::request::Parts,
     reply: &mut Reply,
     call: &mut Call,
 ) -> Result<Arc<Head>, RequestError> {
@@ -108,10 +108,10 @@ fn sanitize(
     let protocol = claimed_protocol(&parts.headers, sender);
     reply.to(&parts.method);
     reply.speak_grpc(protocol == Protocol::Grpc);
-    // Noted as it came, for whoever looks for an attacker; overwritten when it is in order.
     call.record().protocol = protocol;
-    call.describe_refused(&parts.method, parts.uri.path());
-    let head = headers::sanitize(parts, sender, &session.inbound.limits)?;
+    let head = headers::sanitize(&mut parts, sender, &session.inbound.limits)
+        // Noted as it came, for whoever looks for an attacker.
+        .inspect_err(|_| call.describe_refused(&parts))?;
     reply.speak_grpc(head.kind == Kind::Grpc);
     call.describe(&head);
     Ok(Arc::new(head))

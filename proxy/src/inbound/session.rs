@@ -66,6 +66,7 @@ enum Event {
 }
 
 /// What ends a connection at once.
+#[derive(Clone, Copy)]
 enum End {
     /// The earlier of the two certificates has ended.
     Expired,

@@ -16,7 +16,6 @@ use prometheus_client::registry::Registry;
 use sidegate_mesh::Verdict;
 use sidegate_mesh::access_log::{Direction, Protocol};
 
-
 /// The identity under which whatever exceeds the bound is counted.
 pub const OTHER: &str = "other";
 

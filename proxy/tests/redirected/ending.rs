@@ -56,10 +56,7 @@ async fn with_one_endpoint_the_caller_learns_that_it_could_not_be_reached() {
     );
     let record = web.record(|_| true).await;
     assert_eq!(record.error, Some("upstream_connect"));
-    assert_eq!(
-        record.destination_address,
-        Some(endpoint.address.into())
-    );
+    assert_eq!(record.destination_address, Some(endpoint.address.into()));
     assert!(record.attempts > Some(1), "{record:?}");
 
     // A pod that is gone altogether.

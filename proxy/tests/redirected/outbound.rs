@@ -48,10 +48,7 @@ async fn a_request_goes_where_its_connection_was_made_to_whatever_host_it_names(
     let record = orders.record(|record| record.path.is_some()).await;
     assert_eq!(record.source.as_deref(), Some(web.id().as_str()));
     assert_eq!(record.authority.as_deref(), Some("anything.example:81"));
-    assert_eq!(
-        record.destination_address,
-        Some(orders.at(8080).into())
-    );
+    assert_eq!(record.destination_address, Some(orders.at(8080).into()));
     assert_eq!(record.decision, Some(Verdict::Allow));
 }
 

@@ -25,10 +25,7 @@ async fn a_pod_that_calls_its_own_service_is_its_own_caller_on_both_sides() {
         let record = orders.record(|record| record.path.is_some()).await;
         assert_eq!(record.source.as_deref(), Some(orders.id().as_str()));
         assert_eq!(record.destination.as_deref(), Some(orders.id().as_str()));
-        assert_eq!(
-            record.destination_address,
-            Some(orders.at(8080).into())
-        );
+        assert_eq!(record.destination_address, Some(orders.at(8080).into()));
     }
 }
 

@@ -19,7 +19,7 @@ use sidegate_mesh::access_log::Protocol;
 
 use super::super::exchange::{LINGER_MAX, of_caller};
 use super::super::{Inbound, Target, request};
-use crate::application::{Answer, Exchange, Progress, RequestBody, informational};
+use crate::application::{Answer, Exchange, Interims, Outgoing, Progress, RequestBody};
 use crate::body::{Body, BodyError};
 use crate::call::{ByteCounters, Call};
 use crate::connections::{Ending, Link, LinkGuard, LiveGuard, Subject};
@@ -107,14 +107,14 @@ impl Caller {
     /// From the head to the head of the answer.
     async fn serve_request(
         &self,
-        parts: http::request::Parts,
+        mut parts: http::request::Parts,
         body: Body,
         upgrade: Option<(OnUpgrade, UpgradeGate)>,
         call: &mut Call,
     ) -> Result<Served, RequestError> {
         let shared = &self.inbound.shared;
-        call.describe_refused(&parts.method, parts.uri.path());
-        let head = headers::sanitize(parts, Sender::Application, &self.inbound.limits)?;
+        let head = headers::sanitize(&mut parts, Sender::Application, &self.inbound.limits)
+            .inspect_err(|_| call.describe_refused(&parts))?;
         call.describe(&head);
         let admitted = self.admit(head, call)?;
         call.record().destination_address = Some(self.target.address.into());
@@ -155,11 +155,14 @@ impl Caller {
     }
 
     async fn forward(&self, head: &Head, body: Body) -> Result<Answer, RequestError> {
-        let request = head.to_application(None)?.map(|()| body);
         // hyper sends its own 100 when the body is first read, and can send no other.
-        let (sender, _informational) = informational();
+        let outgoing = Outgoing {
+            address: self.target.address,
+            head: || head.to_application(None),
+            body,
+        };
         let application = &self.inbound.application;
-        application.send(self.target.address, request, sender).await
+        application.send(outgoing, &Interims::default()).await
     }
 
     fn refuse_head(&self, rejection: Rejection) -> Response<Body> {
