@@ -62,7 +62,8 @@ pub struct Settings {
     pub proxy_resources: Resources,
     /// How much a sidecar says about itself, unless a pod says otherwise.
     pub log_level: LogLevel,
-    /// How long a sidecar waits for open calls when it ends, unless a pod says otherwise.
+    /// How long a sidecar waits for open calls when it ends, unless a pod says otherwise; at most
+    /// the pod's grace period.
     #[serde(with = "humantime_serde")]
     pub drain_timeout: Duration,
     /// How long the application waits for its sidecar to be ready.
@@ -212,6 +213,8 @@ pub struct SettingsError {
     pub help: &'static str,
 }
 
+/// Shortest drain: a sidecar goes on accepting for as long.
+pub(crate) const DRAIN_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 /// Longest drain: what Kubernetes gives a pod to end is minutes, not hours.
 pub(crate) const DRAIN_TIMEOUT_MAX: Duration = Duration::from_hours(1);
 
@@ -253,7 +256,7 @@ impl Settings {
         }
         self.init_resources.check("initResources")?;
         self.proxy_resources.check("proxyResources")?;
-        let drain = Duration::from_secs(1)..=DRAIN_TIMEOUT_MAX;
+        let drain = DRAIN_TIMEOUT_MIN..=DRAIN_TIMEOUT_MAX;
         if !drain.contains(&self.drain_timeout) {
             return Err(SettingsError {
                 field: "drainTimeout",

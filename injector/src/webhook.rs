@@ -7,6 +7,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use crate::inject::annotations::drain_warning;
 use crate::inject::{NamespaceFacts, Outcome, inject};
 use crate::metrics::{Metrics, Verdict, Which};
 use crate::namespaces::NamespaceError;
@@ -92,7 +93,8 @@ impl Webhook {
         };
         match inject(&review.object, &facts, &self.settings) {
             Ok(Outcome::Patched(patch)) => {
-                let warnings = warnings(&review.object, &self.settings);
+                let warning = drain_warning(&review.object, &facts);
+                let warnings = warning.into_iter().collect();
                 (Answer::Allowed { patch, warnings }, Verdict::Patched)
             }
             Ok(Outcome::Unchanged) => (Answer::unchanged(), Verdict::Unchanged),
@@ -106,27 +108,6 @@ impl Webhook {
             }
         }
     }
-}
-
-/// What whoever makes an injected pod should know.
-fn warnings(pod: &serde_json::Value, settings: &Settings) -> Vec<String> {
-    let annotation = pod
-        .pointer("/metadata/annotations/sidegate.dev~1drain-timeout")
-        .and_then(serde_json::Value::as_str)
-        .and_then(|text| humantime::parse_duration(text).ok());
-    let drain = annotation.unwrap_or(settings.drain_timeout);
-    let grace = pod
-        .pointer("/spec/terminationGracePeriodSeconds")
-        .and_then(serde_json::Value::as_u64)
-        .unwrap_or(30);
-    if drain.as_secs() <= grace {
-        return Vec::new();
-    }
-    let drain = humantime::format_duration(drain);
-    vec![format!(
-        "the sidecar waits {drain} for open calls, but the pod has only {grace}s to end; lower \
-         sidegate.dev/drain-timeout, or raise terminationGracePeriodSeconds"
-    )]
 }
 
 fn judge(review: &Review) -> (Answer, Verdict) {

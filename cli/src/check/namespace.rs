@@ -437,7 +437,7 @@ fn draining(injected: &[Injected<'_>]) -> Finding {
             let spec = pod.pod.spec.as_ref()?;
             let grace = spec.termination_grace_period_seconds.unwrap_or(GRACE_S);
             let drain = pod.drain_s()?;
-            let beyond = u64::try_from(grace).is_ok_and(|grace| drain > grace);
+            let beyond = u64::try_from(grace).is_ok_and(|grace| drain > grace.max(1));
             beyond.then(|| format!("{} ({drain} s of {grace} s)", pod.sidecar.pod))
         })
         .collect();

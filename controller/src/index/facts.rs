@@ -34,6 +34,8 @@ const REDIRECTION: &str = "sidegate-init";
 const NEVER_INJECTED: [&str; 2] = ["kube-system", "sidegate-system"];
 /// How long a pod has to end when it does not say.
 const GRACE_DEFAULT: i64 = 30;
+/// Shortest drain of a sidecar, as the injector has it.
+const DRAIN_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -293,6 +295,8 @@ fn remarks(spec: &v1::PodSpec, skipped: Option<&str>, injected: Option<&Value>) 
         .termination_grace_period_seconds
         .unwrap_or(GRACE_DEFAULT);
     let grace = Duration::from_secs(u64::try_from(grace).unwrap_or_default());
+    // Where nobody asked for a time, the sidecar has the pod's own, and a second at least.
+    let grace = grace.max(DRAIN_TIMEOUT_MIN);
     let drain = injected.get("drainTimeout").and_then(Value::as_str);
     if let Some(drain) = drain.and_then(|text| humantime::parse_duration(text).ok())
         && drain > grace

@@ -12,7 +12,9 @@ use sidegate_mesh::resource::{nearest, one_of};
 
 use super::pod::Pod;
 use super::{NamespaceFacts, Quantity, Refusal};
-use crate::settings::{DRAIN_TIMEOUT_MAX, LogLevel, RESERVED_PORTS, Resources, Settings};
+use crate::settings::{
+    DRAIN_TIMEOUT_MAX, DRAIN_TIMEOUT_MIN, LogLevel, RESERVED_PORTS, Resources, Settings,
+};
 
 /// Label of a namespace (`enabled`) and of a pod (`disabled`).
 pub const INJECT: &str = "sidegate.dev/inject";
@@ -27,6 +29,9 @@ pub const ALLOW_POD_OVERRIDES: &str = "sidegate.dev/allow-pod-overrides";
 
 const PREFIX: &str = "sidegate.dev/";
 
+/// How long the sidecar of a pod waits for open calls when it ends.
+const DRAIN_TIMEOUT: &str = "drain-timeout";
+
 /// What every pod may choose.
 const ALWAYS: [&str; 6] = [
     "proxy-cpu-request",
@@ -34,7 +39,7 @@ const ALWAYS: [&str; 6] = [
     "proxy-memory-request",
     "proxy-memory-limit",
     "log-level",
-    "drain-timeout",
+    DRAIN_TIMEOUT,
 ];
 
 /// What a pod may choose where its namespace says so.
@@ -95,7 +100,9 @@ impl Options {
         settings: &Settings,
     ) -> Result<Self, Refusal> {
         let said = Said::read(pod, namespace)?;
-        let (log_level, drain_timeout) = (settings.log_level, settings.drain_timeout);
+        let log_level = settings.log_level;
+        // Nobody asked for longer than the pod lasts.
+        let drain_timeout = settings.drain_timeout.min(pod.grace_period());
         let (enforcement, holder) = said.value("enforcement", read_enforcement)?.unzip();
         said.value("egress", read_egress)?;
         Ok(Self {
@@ -104,8 +111,8 @@ impl Options {
                 .value("log-level", read_level)?
                 .map_or(log_level, |(level, _)| level),
             drain_timeout: said
-                .value("drain-timeout", read_drain_timeout)?
-                .map_or(drain_timeout, |(timeout, _)| timeout),
+                .value(DRAIN_TIMEOUT, read_drain_timeout)?
+                .map_or(drain_timeout.max(DRAIN_TIMEOUT_MIN), |(timeout, _)| timeout),
             enforcement: enforcement.filter(|_| holder == Some(Holder::Pod)),
             skip_inbound_ports: said.list("skip-inbound-ports", read_port)?,
             skip_outbound_ports: said.list("skip-outbound-ports", read_port)?,
@@ -115,6 +122,25 @@ impl Options {
             udp_ports: said.list("udp-ports", read_port)?,
         })
     }
+}
+
+/// What a pod that has less time to end than was asked for its sidecar should know; nothing where
+/// nobody asked.
+pub(crate) fn drain_warning(pod: &Value, namespace: &NamespaceFacts) -> Option<String> {
+    let pod = Pod::read(pod).ok()?;
+    let said = Said::read(&pod, namespace).ok()?;
+    let (drain, _) = said.value(DRAIN_TIMEOUT, read_drain_timeout).ok()??;
+    let grace = pod.grace_period();
+    (drain > grace).then(|| {
+        let (drain, grace) = (
+            humantime::format_duration(drain),
+            humantime::format_duration(grace),
+        );
+        format!(
+            "the sidecar waits {drain} for open calls, but the pod has only {grace} to end; lower \
+             {PREFIX}{DRAIN_TIMEOUT}, or raise terminationGracePeriodSeconds"
+        )
+    })
 }
 
 /// Who says something.
@@ -343,7 +369,7 @@ fn read_level(text: &str) -> Result<LogLevel, Wrong> {
 }
 
 fn read_drain_timeout(text: &str) -> Result<Duration, Wrong> {
-    let range = Duration::from_secs(1)..=DRAIN_TIMEOUT_MAX;
+    let range = DRAIN_TIMEOUT_MIN..=DRAIN_TIMEOUT_MAX;
     let timeout = humantime::parse_duration(text).ok();
     let timeout = timeout.filter(|timeout| range.contains(timeout));
     timeout.ok_or_else(|| Wrong::new(text, "a time between 1s and 1h", "write for example `25s`"))

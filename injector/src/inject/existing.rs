@@ -1,8 +1,8 @@
 //! What a pod brings under our names: our own work of an earlier pass, or a forgery.
 //!
 //! Invariant: it stays only when it is what we would add now, field by field. In the sidecar's
-//! configuration, ports and probes follow the pod's containers, which other webhooks add to; they
-//! are computed anew and never taken over.
+//! configuration, ports and probes follow the pod's containers, and the drain its grace period, which
+//! other webhooks change; they are computed anew and never taken over.
 
 use serde_json::{Map, Value};
 
@@ -159,8 +159,8 @@ fn require_same(existing: &Object, wanted: &Value) -> Result<(), Refusal> {
     }
 }
 
-/// A container as it is compared: amounts as amounts, the configuration without what follows the
-/// pod's other containers, and no matter whether the cluster wants every image fetched each time.
+/// A container as it is compared: amounts as amounts, the configuration without what follows from
+/// the rest of the pod, and no matter whether the cluster wants every image fetched each time.
 fn comparable(container: &Object) -> Object {
     let mut container = container.clone();
     if let Some(Value::Object(resources)) = container.get_mut("resources") {
@@ -180,6 +180,7 @@ fn comparable(container: &Object) -> Object {
         {
             config.remove("ports");
             config.remove("probes");
+            config.remove("drainTimeout");
             *value = Value::Object(config);
         }
     }

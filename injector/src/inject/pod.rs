@@ -3,9 +3,14 @@
 //! Invariant: what [`Pod::read`] accepts has the shape of a pod where we look and where we patch;
 //! everything else is left as it is.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value};
 
 use super::Refusal;
+
+/// Time to end where a pod says nothing.
+const GRACE_DEFAULT: Duration = Duration::from_secs(30);
 
 /// A JSON object.
 pub(super) type Object = Map<String, Value>;
@@ -119,6 +124,13 @@ impl<'a> Pod<'a> {
     /// A field of the spec that is true or not.
     pub(super) fn flag(&self, field: &str) -> bool {
         self.spec.get(field).and_then(Value::as_bool) == Some(true)
+    }
+
+    /// How long its containers have to end.
+    pub(super) fn grace_period(&self) -> Duration {
+        let said = self.spec.get("terminationGracePeriodSeconds");
+        let said = said.and_then(Value::as_u64).map(Duration::from_secs);
+        said.unwrap_or(GRACE_DEFAULT)
     }
 
     /// The service account whose identity the pod has.

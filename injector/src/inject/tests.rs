@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use super::annotations::drain_warning;
 use super::*;
 
 fn settings() -> Settings {
@@ -1198,6 +1199,36 @@ fn what_was_chosen_reaches_redirection_and_sidecar() {
         resources,
         &json!({ "limits": { "cpu": "2", "memory": "1Gi" }, "requests": { "cpu": "50m", "memory": "48Mi" } })
     );
+}
+
+#[test]
+fn a_drain_fits_into_the_pods_grace_period_unless_somebody_asks_for_more() {
+    let ending_in = |seconds: u64| {
+        let grace = json!(seconds);
+        with(pod(), &[("/spec/terminationGracePeriodSeconds", grace)])
+    };
+    for (seconds, drain) in [(60, "25s"), (5, "5s"), (0, "1s")] {
+        let pod = ending_in(seconds);
+        assert_eq!(config(&injected(&pod))["drainTimeout"], drain, "{seconds}");
+        assert_eq!(drain_warning(&pod, &namespace()), None, "nobody asked");
+    }
+    // Asked for by the pod, or for all pods of a namespace: it is so, and it is said.
+    let asked = json!({ "sidegate.dev/drain-timeout": "45s" });
+    let asking = with(ending_in(5), &[("/metadata/annotations", asked)]);
+    assert_eq!(config(&injected(&asking))["drainTimeout"], "45s");
+    let all_ask = annotated(&[("drain-timeout", "45s")]);
+    for (pod, namespace) in [(&asking, &namespace()), (&ending_in(5), &all_ask)] {
+        let warning = drain_warning(pod, namespace).unwrap();
+        assert!(
+            warning.contains("waits 45s for open calls, but the pod has only 5s"),
+            "{warning}"
+        );
+    }
+    assert_eq!(drain_warning(&ending_in(45), &all_ask), None, "long enough");
+    // Another webhook may change the grace period after our first pass.
+    let mut later = injected(&pod());
+    later["spec"]["terminationGracePeriodSeconds"] = json!(7);
+    assert_eq!(config(&injected(&later))["drainTimeout"], "7s");
 }
 
 #[test]
