@@ -3,10 +3,12 @@
 //! Invariant: an unknown key, or a value that the part would not accept, is an error; the list in
 //! the help is the list that is read.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use sidegate_injector::{LogLevel, Resources};
 
 use super::plan::Plan;
@@ -64,17 +66,17 @@ const KEYS: &[Key] = &[
     key(
         "controller.podCidrs",
         "ranges of pod addresses that the nodes do not tell, by commas",
-        |plan, value| list(value).map(|value| plan.pod_cidrs = value),
+        |plan, value| networks(value).map(|value| plan.pod_cidrs = value),
     ),
     key(
         "controller.serviceCidrs",
         "ranges of Service addresses beside the cluster's ServiceCIDRs, by commas",
-        |plan, value| list(value).map(|value| plan.service_cidrs = value),
+        |plan, value| networks(value).map(|value| plan.service_cidrs = value),
     ),
     key(
         "controller.externalCidrs",
         "ranges that are never the mesh's though they lie in the others, by commas",
-        |plan, value| list(value).map(|value| plan.external_cidrs = value),
+        |plan, value| networks(value).map(|value| plan.external_cidrs = value),
     ),
     key(
         "controller.image",
@@ -223,8 +225,30 @@ fn name(value: &str) -> Result<String, String> {
     Ok(value.to_owned())
 }
 
-fn list<T: FromStr<Err: std::fmt::Display>>(value: &str) -> Result<Vec<T>, String> {
-    value.split(',').map(read).collect()
+/// Networks, each once and by its first address: anything else is most likely a slip.
+fn networks(value: &str) -> Result<Vec<IpNet>, String> {
+    let network = |text: &str| {
+        let network: IpNet = text.trim().parse().map_err(|_error| {
+            format!(
+                "has `{text}`, which is not a network; write for example 10.244.0.0/16,fd00::/64"
+            )
+        })?;
+        match network.trunc() {
+            first if first == network => Ok(network),
+            first => Err(format!(
+                "has {network}, which is not the start of its network; write {first}"
+            )),
+        }
+    };
+    let networks = value
+        .split(',')
+        .map(network)
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut seen = BTreeSet::new();
+    match networks.iter().find(|network| !seen.insert(**network)) {
+        Some(again) => Err(format!("has {again} twice")),
+        None => Ok(networks),
+    }
 }
 
 fn list_of_names(value: &str) -> Result<Vec<String>, String> {
@@ -258,7 +282,16 @@ mod tests {
             ("ca.replicas=two", "`two`"),
             ("ca.leafLifetime=1", "not a duration"),
             ("ca.storageSize=1Gi", "--ca-storage-class"),
-            ("controller.podCidrs=10.0.0.0", "`10.0.0.0`"),
+            (
+                "controller.podCidrs=10.0.0.0",
+                "`10.0.0.0`, which is not a network",
+            ),
+            ("controller.podCidrs=", "``, which is not a network"),
+            ("controller.serviceCidrs=10.96.0.1/12", "write 10.96.0.0/12"),
+            (
+                "controller.externalCidrs=fd00::/8,fd00::/8",
+                "fd00::/8 twice",
+            ),
             ("clusterDomain=", "not a name"),
             ("imagePullSecrets=a,,b", "not a name"),
         ];

@@ -51,7 +51,8 @@ fn find<'a>(objects: &'a [Value], of: &str, called: &str) -> &'a Value {
 /// Everything that flags can turn on.
 const EVERYTHING: &str = "--ha --trust-domain example.org --image-registry registry.example/sidegate/ \
     --image-tag 9.9.9 --image-pull-policy Always --ca-storage-class fast --set ca.storageSize=5Gi \
-    --set ca.leafLifetime=12h --set clusterDomain=corp.example --set controller.podCidrs=10.0.0.0/8 \
+    --set ca.leafLifetime=12h --set clusterDomain=corp.example --set controller.podCidrs=10.0.0.0/8,fd00::/56 \
+    --set controller.serviceCidrs=10.96.0.0/12 --set controller.externalCidrs=10.244.250.0/24 \
     --set imagePullSecrets=a,b --set priorityClassName=high --set injector.image=own/injector@sha256:00 \
     --set proxy.memoryLimit=1Gi --set proxy.logLevel=debug --set ca.checkSourceAddress=false";
 
@@ -172,6 +173,23 @@ fn the_configurations_are_read_by_the_parts_themselves() {
         assert_eq!(ca.kubernetes.unwrap().namespace, "sidegate-system");
         let controller = sidegate_controller::Config::load(&file("controller")).unwrap();
         let injector = sidegate_injector::Config::load(&file("injector")).unwrap();
+        let networks = |list: &[ipnet::IpNet]| -> Vec<String> {
+            list.iter().map(ToString::to_string).collect()
+        };
+        let said = [
+            networks(&controller.pod_cidrs),
+            networks(&controller.service_cidrs),
+            networks(&controller.external_cidrs),
+        ];
+        let expected: [&[&str]; 3] = match line {
+            "" => [&[], &[], &[]],
+            _ => [
+                &["10.0.0.0/8", "fd00::/56"],
+                &["10.96.0.0/12"],
+                &["10.244.250.0/24"],
+            ],
+        };
+        assert_eq!(said, expected);
         assert_eq!(controller.trust_domain, ca.trust_domain);
         assert_eq!(injector.injection.trust_domain, ca.trust_domain);
         assert_eq!(injector.injection.ca_address, controller.ca.address);
