@@ -138,6 +138,80 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// The words of a line of a shell, up to a comment; quotes keep words together.
+    fn words(line: &str) -> Vec<String> {
+        let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
+        for character in line.chars() {
+            match (quote, character) {
+                (Some(open), _) if open == character => quote = None,
+                (None, '\'' | '"') => {
+                    quote = Some(character);
+                    word.get_or_insert_default();
+                }
+                (None, '#') if word.is_none() => break,
+                (None, ' ') => words.extend(word.take()),
+                _ => word.get_or_insert_default().push(character),
+            }
+        }
+        words.extend(word);
+        words
+    }
+
+    /// The command lines of ours that a page shows, in blocks and within sentences.
+    fn commands(page: &str) -> Vec<Vec<String>> {
+        let page = page.replace("\\\n", " ");
+        let lines = page
+            .lines()
+            .map(|line| line.trim().trim_start_matches("$ "));
+        let within = page.split('`').skip(1).step_by(2);
+        let segments = lines.chain(within).flat_map(|text| text.split(" | "));
+        segments
+            .flat_map(|text| text.split(" && "))
+            .filter(|text| !text.contains(['…', '\n']))
+            .map(words)
+            .filter_map(|words| match &words[..] {
+                [first, ..] if first.ends_with("/sidegate") || first == "sidegate" => Some(words),
+                [kubectl, ours, ..] if kubectl == "kubectl" && ours == "sidegate" => {
+                    Some(words[1..].to_vec())
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_command_that_the_documentation_shows_is_taken() {
+        use clap::error::ErrorKind;
+        let pages = [
+            include_str!("../../README.md"),
+            include_str!("../../docs/command-line.md"),
+            include_str!("../../docs/ca-in-a-cluster.md"),
+            include_str!("../../docs/errors.md"),
+            include_str!("../../docs/standalone.md"),
+            include_str!("../../docs/kubernetes/adopting.md"),
+            include_str!("../../docs/kubernetes/concepts.md"),
+            include_str!("../../docs/kubernetes/getting-started.md"),
+            include_str!("../../docs/kubernetes/policies.md"),
+            include_str!("../../docs/kubernetes/threat-model.md"),
+            include_str!("../../docs/kubernetes/troubleshooting.md"),
+            include_str!("../../docs/kubernetes/uninstall.md"),
+        ];
+        let commands: Vec<_> = pages.into_iter().flat_map(commands).collect();
+        assert!(commands.len() > 40, "only {} were found", commands.len());
+        for words in commands {
+            let taken = Cli::command().try_get_matches_from(&words);
+            // Within a sentence a command may stand without what it needs.
+            let fine = [
+                ErrorKind::DisplayHelp,
+                ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand,
+                ErrorKind::MissingRequiredArgument,
+                ErrorKind::MissingSubcommand,
+            ];
+            let error = taken.err().filter(|error| !fine.contains(&error.kind()));
+            assert!(error.is_none(), "{words:?}: {}", error.unwrap());
+        }
+    }
+
     #[test]
     fn every_command_shows_an_example() {
         for command in Cli::command().get_subcommands() {

@@ -11,7 +11,6 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -171,63 +170,4 @@ fn what_a_crate_must_not_reach_is_out_of_its_tree() {
             .collect();
         assert_eq!(found, Vec::<&&str>::new(), "{name} must not reach these");
     }
-}
-
-#[test]
-fn every_test_that_the_architecture_names_exists() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let page = std::fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
-    let (_, invariants) = page.split_once("## Invariants").unwrap();
-    // The last column of each row, between backticks.
-    let named: BTreeSet<&str> = invariants
-        .lines()
-        .filter_map(|line| line.strip_suffix(" |")?.rsplit(" | ").next())
-        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
-        .collect();
-    assert!(named.len() > 30, "the table is not read: {named:?}");
-    let sources: String = packages()
-        .iter()
-        .map(|package| {
-            Path::new(package["manifest_path"].as_str().unwrap())
-                .parent()
-                .unwrap()
-        })
-        .flat_map(|folder| [folder.join("src"), folder.join("tests")])
-        .map(|folder| rust_below(&folder))
-        .collect();
-    // `topic.check` is one on a cluster.
-    let missing: Vec<&&str> = named
-        .iter()
-        .filter(|name| match name.split_once('.') {
-            Some((topic, check)) => {
-                let file = root.join("e2e/kubernetes").join(topic).with_extension("py");
-                let text = std::fs::read_to_string(file).unwrap_or_default();
-                !text.contains(&format!("@check\ndef {check}(cluster)"))
-            }
-            None => !sources.contains(&format!("fn {name}(")),
-        })
-        .collect();
-    assert_eq!(
-        missing,
-        Vec::<&&str>::new(),
-        "ARCHITECTURE.md names tests that are gone"
-    );
-}
-
-/// The text of every Rust file below `folder`.
-fn rust_below(folder: &Path) -> String {
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return String::new();
-    };
-    let texts = entries.map(|entry| {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            rust_below(&path)
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            std::fs::read_to_string(path).unwrap()
-        } else {
-            String::new()
-        }
-    });
-    texts.collect()
 }

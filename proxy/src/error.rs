@@ -436,6 +436,81 @@ mod tests {
         assert!(!String::from_utf8_lossy(response.body()).contains("segment"));
     }
 
+    /// One of each, whatever it holds.
+    fn every() -> Vec<RequestError> {
+        let (decision_id, detail) = (String::new(), String::new());
+        let (reason, bound) = ("x", "x");
+        let refused = RequestError::UpstreamReset {
+            reason: Some(Reason::REFUSED_STREAM),
+            detail: detail.clone(),
+        };
+        vec![
+            RequestError::BadRequest { reason },
+            RequestError::HeaderListTooLarge,
+            denied(),
+            RequestError::PolicyChanged { decision_id },
+            RequestError::DeniedByPeer,
+            RequestError::NotReady,
+            RequestError::Draining,
+            RequestError::DrainDeadline,
+            RequestError::Overloaded { bound },
+            RequestError::DestinationUnknown,
+            RequestError::DestinationChanged,
+            RequestError::DestinationRefused { reason },
+            RequestError::EgressDenied,
+            RequestError::NoEndpoint,
+            RequestError::UpstreamConnect {
+                detail: detail.clone(),
+            },
+            RequestError::UpstreamIdentity {
+                reason: detail.clone(),
+            },
+            RequestError::UpstreamReset {
+                reason: None,
+                detail: detail.clone(),
+            },
+            refused,
+            RequestError::UpstreamProtocol { detail },
+            RequestError::Timeout { after_ms: 1 },
+            RequestError::Idle,
+            RequestError::PeerReset { reason: None },
+            RequestError::CertificateEnded { reason },
+            RequestError::NotCarried { reason },
+        ]
+    }
+
+    fn grpc_name(status: u32) -> &'static str {
+        match status {
+            1 => "CANCELLED",
+            4 => "DEADLINE_EXCEEDED",
+            7 => "PERMISSION_DENIED",
+            8 => "RESOURCE_EXHAUSTED",
+            13 => "INTERNAL",
+            14 => "UNAVAILABLE",
+            other => panic!("{other} has no name here"),
+        }
+    }
+
+    #[test]
+    fn the_page_of_error_codes_has_the_statuses_that_callers_see() {
+        // There is nobody to be told.
+        const NEVER_TOLD: [&str; 2] = ["destination_refused", "peer_reset"];
+        let page = include_str!("../../docs/errors.md");
+        for error in every() {
+            let code = error.code();
+            let mut rows = page.lines();
+            let row = rows.find(|row| row.starts_with(&format!("| `{code}` | ")));
+            let cells: Vec<&str> = row
+                .unwrap_or_else(|| panic!("{code}"))
+                .split(" | ")
+                .collect();
+            let (status, grpc) = (error.status().as_u16(), grpc_name(error.grpc_status()));
+            let told = cells[1].split(", ").any(|cell| cell == status.to_string());
+            assert!(told || NEVER_TOLD.contains(&code), "{code}: {status}");
+            assert!(cells[2] == grpc || cells[2] == "-", "{code}: {grpc}");
+        }
+    }
+
     #[test]
     fn nothing_that_reached_an_application_may_be_retried_as_refused() {
         for error in [
