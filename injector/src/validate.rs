@@ -5,17 +5,14 @@
 
 use std::net::IpAddr;
 
-use serde_json::{Map, Value};
-use sidegate_mesh::resource::{Problem, Resource, StaticService, parse_value};
+use serde_json::Value;
+use sidegate_mesh::resource::{Problem, Resource, StaticService, as_written, parse_value};
 use sidegate_mesh::validate::validate;
 
 use crate::review::{Answer, Denial};
 
 /// The API group of the resources.
 pub(crate) const GROUP: &str = "sidegate.dev";
-
-/// What of an object's metadata people write; the rest is the API server's.
-const WRITTEN: [&str; 4] = ["name", "namespace", "labels", "annotations"];
 
 /// Most problems and warnings that are said at once.
 const SAID_MAX: usize = 20;
@@ -40,25 +37,6 @@ pub(crate) fn judge(object: &Value) -> Answer {
             },
         },
     }
-}
-
-/// The object as whoever wrote it did: without what the API server adds.
-fn as_written(object: &Value) -> Value {
-    let Some(object) = object.as_object() else {
-        return object.clone();
-    };
-    let mut written: Map<String, Value> = object.clone();
-    written.remove("status");
-    if let Some(metadata) = written.get_mut("metadata").and_then(Value::as_object_mut) {
-        let generated = metadata.get("generateName").and_then(Value::as_str);
-        // The API server makes the name only afterwards; what it adds is five letters.
-        let generated = generated.map(|prefix| Value::from(format!("{prefix}abcde")));
-        metadata.retain(|key, _| WRITTEN.contains(&key.as_str()));
-        if let Some(generated) = generated {
-            metadata.entry("name").or_insert(generated);
-        }
-    }
-    Value::Object(written)
 }
 
 fn denial(problems: &[Problem]) -> Denial {

@@ -32,8 +32,8 @@ pub use authorization::{
     Upgrade,
 };
 pub use document::{
-    DOCUMENTS_PER_FILE_MAX, FILE_BYTES_MAX, Known, Located, parse_documents, parse_known,
-    parse_value,
+    DOCUMENTS_PER_FILE_MAX, FILE_BYTES_MAX, Known, Located, as_written, parse_documents,
+    parse_known, parse_value,
 };
 pub(crate) use document::{Document, read as read_documents};
 pub use pattern::{PathPattern, PatternError, PatternSegment};

@@ -11,9 +11,10 @@
 
 use std::time::Duration;
 
+use serde_json::json;
 use sidegate_mesh::resource::{
     Action, EndpointIdentity, GrpcRetryCode, Located, Mode, PortRef, RetryCondition, Source,
-    Target, Upgrade, parse_documents,
+    Target, Upgrade, as_written, parse_documents,
 };
 use sidegate_mesh::{Problem, Resource};
 
@@ -520,4 +521,30 @@ fn places_are_found_again_by_field() {
     );
     assert_eq!(located.locate("spec.rules[0].to[0].http.hosts"), (10, 17));
     assert_eq!(located.locate(""), (1, 1));
+}
+
+#[test]
+fn what_a_cluster_adds_to_an_object_is_taken_off_and_nothing_else() {
+    let object = json!({
+        "apiVersion": "sidegate.dev/v1alpha1", "kind": "TrafficPolicy",
+        "metadata": {
+            "namespace": "shop", "name": "orders", "uid": "x", "generation": 3, "resourceVersion": "7",
+            "creationTimestamp": null, "managedFields": [], "finalizers": ["x/y"],
+            "annotations": { "kubectl.kubernetes.io/last-applied-configuration": "{}" },
+        },
+        "spec": { "service": "orders", "tiemout": "2s" }, "status": { "conditions": [] }, "extra": 1,
+    });
+    let written = as_written(&object);
+    let expected = json!({
+        "apiVersion": "sidegate.dev/v1alpha1", "kind": "TrafficPolicy",
+        "metadata": { "namespace": "shop", "name": "orders" },
+        "spec": { "service": "orders", "tiemout": "2s" }, "extra": 1,
+    });
+    assert_eq!(written, expected);
+    assert_eq!(as_written(&written), written);
+    for odd in [json!(null), json!([1]), json!({ "metadata": 1 })] {
+        assert_eq!(as_written(&odd), odd);
+    }
+    let unnamed = json!({ "metadata": { "generateName": "orders-" } });
+    assert_eq!(as_written(&unnamed)["metadata"]["name"], "orders-abcde");
 }

@@ -12,7 +12,7 @@ use kube::api::DynamicObject;
 use kube::{Api, ResourceExt};
 use serde::Deserialize;
 use serde_json::Value;
-use sidegate_mesh::resource::{API_VERSION, Kind, SYSTEM_NAMESPACE, parse_value};
+use sidegate_mesh::resource::{API_VERSION, Kind, SYSTEM_NAMESPACE, as_written, parse_value};
 use sidegate_mesh::store::ResourceStore;
 use sidegate_mesh::yaml::from_json;
 use sidegate_mesh::{Enforcement, Resource, ResourceSet, SpiffeId, Workload, WorkloadPort};
@@ -444,10 +444,7 @@ fn text_of(object: &DynamicObject, labels: &BTreeMap<String, String>) -> Option<
     let fields = value.as_object_mut()?;
     fields.insert("apiVersion".to_owned(), API_VERSION.into());
     fields.insert("kind".to_owned(), Kind::AuthorizationPolicy.as_str().into());
-    // What the cluster has written, and what decides nothing.
-    fields.remove("status");
-    let metadata = fields.get_mut("metadata")?.as_object_mut()?;
-    metadata.retain(|field, _| matches!(field.as_str(), "namespace" | "name"));
+    let mut value = as_written(&value);
     // One that cannot be read stays in its place and is refused.
     if let Ok(Resource::AuthorizationPolicy(policy)) = parse_value(&value)
         && let Some(selector) = &policy.spec.namespace_selector

@@ -7,9 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 use sidegate_mesh::resource::{
-    Kind, Known, Problem, Resource, ResourceKey, SYSTEM_NAMESPACE, Selector, parse_known,
+    Kind, Known, Problem, Resource, ResourceKey, SYSTEM_NAMESPACE, Selector, as_written,
+    parse_known,
 };
 
 use super::facts::{Key, Namespace, Pod};
@@ -188,7 +189,7 @@ impl Resources {
         let generation = metadata("generation")
             .and_then(Value::as_i64)
             .unwrap_or_default();
-        let document = document(key, object);
+        let document = as_written(object);
         let same = self.held.get_mut(key).filter(|held| {
             *held.uid == *text("uid") && held.generation == generation && held.document == document
         });
@@ -238,17 +239,6 @@ impl Resources {
         }
         Some(held)
     }
-}
-
-/// The object as a folder would hold it: what the cluster adds decides nothing.
-fn document(key: &ResourceKey, object: &Value) -> Value {
-    let mut document = object.as_object().cloned().unwrap_or_default();
-    document.remove("status");
-    let mut metadata = Map::new();
-    metadata.insert("namespace".to_owned(), key.namespace.as_str().into());
-    metadata.insert("name".to_owned(), key.name.as_str().into());
-    document.insert("metadata".to_owned(), Value::Object(metadata));
-    Value::Object(document)
 }
 
 fn read(key: &ResourceKey, document: Value, generation: i64) -> Held {

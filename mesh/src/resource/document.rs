@@ -146,7 +146,30 @@ pub fn parse_documents(file: &str, text: &str) -> Vec<Result<Located<Resource>, 
     results
 }
 
-/// Reads one resource from JSON, as a cluster's API server has it.
+/// An object of a cluster as a folder would hold it: without its status, and without what the API
+/// server and other people's tools write into `metadata`, which decides nothing.
+///
+/// Everything else stays, so that what is misspelt is still found. The name of an object that is only
+/// to be made may be generated later; one of its shape stands in for it.
+pub fn as_written(object: &Value) -> Value {
+    let Some(object) = object.as_object() else {
+        return object.clone();
+    };
+    let mut written = object.clone();
+    written.remove("status");
+    if let Some(metadata) = written.get_mut("metadata").and_then(Value::as_object_mut) {
+        let generated = metadata.get("generateName").and_then(Value::as_str);
+        // What the API server adds is five letters.
+        let generated = generated.map(|prefix| Value::from(format!("{prefix}abcde")));
+        metadata.retain(|field, _| matches!(field.as_str(), "namespace" | "name"));
+        if let Some(generated) = generated {
+            metadata.entry("name").or_insert(generated);
+        }
+    }
+    Value::Object(written)
+}
+
+/// Reads one resource from JSON, as a cluster's API server has it and [`as_written`] gives it.
 ///
 /// # Errors
 ///
