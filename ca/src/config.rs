@@ -23,8 +23,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+pub use sidegate_mesh::config::ConfigError;
+use sidegate_mesh::config::{check_enough, read};
 use sidegate_mesh::spiffe::TrustDomain;
-use sidegate_mesh::yaml;
 
 /// Shortest leaf lifetime without `allowShortLeafLifetime`.
 pub const LEAF_LIFETIME_MIN: Duration = Duration::from_mins(1);
@@ -179,35 +180,6 @@ impl Default for Limits {
     }
 }
 
-/// Why a configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The configuration file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is not the YAML that is expected.
-    #[error("{message}")]
-    Syntax {
-        /// `FILE:LINE:COLUMN: message`.
-        message: String,
-    },
-    /// A value is impossible.
-    #[error("{field}: {problem}; {help}")]
-    Value {
-        /// Name of the field, as in the file.
-        field: &'static str,
-        /// What is wrong.
-        problem: String,
-        /// What to write instead.
-        help: &'static str,
-    },
-}
-
 impl Config {
     /// The defaults, with state in `state_dir`.
     pub fn new(state_dir: impl Into<PathBuf>) -> Self {
@@ -232,14 +204,7 @@ impl Config {
     ///
     /// [`ConfigError`], which names the file and the field.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let mut config: Self =
-            serde_saphyr::from_str(&text).map_err(|error| ConfigError::Syntax {
-                message: yaml::syntax_error(&path.display().to_string(), &error),
-            })?;
+        let mut config: Self = read(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         config.state_dir = folder.join(&config.state_dir);
         config.admin_socket = config.admin_socket.map(|socket| folder.join(socket));
@@ -265,11 +230,11 @@ impl Config {
             kubernetes.check()?;
         }
         if self.admin_socket().as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-            return Err(ConfigError::Value {
-                field: "adminSocket",
-                problem: format!("{} is too long", self.admin_socket().display()),
-                help: "a Unix socket's path has at most 107 bytes; choose a shorter one",
-            });
+            return Err(ConfigError::value(
+                "adminSocket",
+                format!("{} is too long", self.admin_socket().display()),
+                "a Unix socket's path has at most 107 bytes; choose a shorter one",
+            ));
         }
         let positive = [
             (
@@ -301,46 +266,39 @@ impl Config {
             ),
             ("limits.ledgerQueueMax", self.limits.ledger_queue_max > 0),
         ];
-        match positive.iter().find(|(_, fine)| !fine) {
-            None => Ok(()),
-            Some((field, _)) => Err(ConfigError::Value {
-                field,
-                problem: "the value is too small to serve anybody".to_owned(),
-                help: "leave it out to use the default",
-            }),
-        }
+        check_enough(&positive)
     }
 
     fn check_lifetimes(&self) -> Result<(), ConfigError> {
         let short = self.leaf_lifetime < LEAF_LIFETIME_MIN && !self.allow_short_leaf_lifetime;
         if short || self.leaf_lifetime < Duration::from_secs(1) {
-            return Err(ConfigError::Value {
-                field: "leafLifetime",
-                problem: format!("{:?} is too short", self.leaf_lifetime),
-                help: "write 1m or more; 24h is the default",
-            });
+            return Err(ConfigError::value(
+                "leafLifetime",
+                format!("{:?} is too short", self.leaf_lifetime),
+                "write 1m or more; 24h is the default",
+            ));
         }
         if self.leaf_lifetime > LEAF_LIFETIME_MAX {
-            return Err(ConfigError::Value {
-                field: "leafLifetime",
-                problem: format!("{:?} is too long", self.leaf_lifetime),
-                help: "write 7d or less; 24h is the default",
-            });
+            return Err(ConfigError::value(
+                "leafLifetime",
+                format!("{:?} is too long", self.leaf_lifetime),
+                "write 7d or less; 24h is the default",
+            ));
         }
         if self.backdate > Duration::from_mins(10) {
-            return Err(ConfigError::Value {
-                field: "backdate",
-                problem: format!("{:?} is too long", self.backdate),
-                help: "write 10m or less; 30s is the default",
-            });
+            return Err(ConfigError::value(
+                "backdate",
+                format!("{:?} is too long", self.backdate),
+                "write 10m or less; 30s is the default",
+            ));
         }
         let token = Duration::from_secs(1)..=Duration::from_hours(24);
         if !token.contains(&self.token_lifetime) {
-            return Err(ConfigError::Value {
-                field: "tokenLifetime",
-                problem: format!("{:?} is not between 1s and 24h", self.token_lifetime),
-                help: "10m is the default",
-            });
+            return Err(ConfigError::value(
+                "tokenLifetime",
+                format!("{:?} is not between 1s and 24h", self.token_lifetime),
+                "10m is the default",
+            ));
         }
         Ok(())
     }
@@ -355,27 +313,27 @@ impl Kubernetes {
             ("kubernetes.clusterDomain", &self.cluster_domain),
         ];
         if let Some((field, name)) = names.into_iter().find(|(_, name)| !is_object_name(name)) {
-            return Err(ConfigError::Value {
+            return Err(ConfigError::value(
                 field,
-                problem: format!("{name:?} is not a name that Kubernetes knows"),
-                help: "write lower-case letters, digits, `-` and `.`, or leave it out",
-            });
+                format!("{name:?} is not a name that Kubernetes knows"),
+                "write lower-case letters, digits, `-` and `.`, or leave it out",
+            ));
         }
         if self.token_audience.is_empty() {
-            return Err(ConfigError::Value {
-                field: "kubernetes.tokenAudience",
-                problem: "it is empty".to_owned(),
-                help: "without an audience of its own any token would do; sidegate-ca is the \
+            return Err(ConfigError::value(
+                "kubernetes.tokenAudience",
+                "it is empty",
+                "without an audience of its own any token would do; sidegate-ca is the \
                        default",
-            });
+            ));
         }
         let interval = Duration::from_millis(100)..=Duration::from_secs(5);
         if !interval.contains(&self.refresh_interval) {
-            return Err(ConfigError::Value {
-                field: "kubernetes.refreshInterval",
-                problem: format!("{:?} is not between 100ms and 5s", self.refresh_interval),
-                help: "2s is the default; a revocation has to be in effect within 10s",
-            });
+            return Err(ConfigError::value(
+                "kubernetes.refreshInterval",
+                format!("{:?} is not between 100ms and 5s", self.refresh_interval),
+                "2s is the default; a revocation has to be in effect within 10s",
+            ));
         }
         Ok(())
     }

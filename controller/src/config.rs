@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+pub use sidegate_mesh::config::ConfigError;
+use sidegate_mesh::config::{check_enough, read};
 use sidegate_mesh::resource::SYSTEM_NAMESPACE;
 use sidegate_mesh::spiffe::TrustDomain;
-use sidegate_mesh::yaml;
 
 /// Everything that a controller can be told.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -165,35 +166,6 @@ impl Default for Limits {
     }
 }
 
-/// Why a configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The configuration file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is not the YAML that is expected.
-    #[error("{message}")]
-    Syntax {
-        /// `FILE:LINE:COLUMN: message`.
-        message: String,
-    },
-    /// A value is impossible.
-    #[error("{field}: {problem}; {help}")]
-    Value {
-        /// Name of the field, as in the file.
-        field: &'static str,
-        /// What is wrong.
-        problem: &'static str,
-        /// What to write instead.
-        help: &'static str,
-    },
-}
-
 impl Config {
     /// Reads and checks a YAML file; relative paths in it are taken from the file's folder.
     ///
@@ -201,14 +173,7 @@ impl Config {
     ///
     /// [`ConfigError`], which names the file and the field.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let mut config: Self =
-            serde_saphyr::from_str(&text).map_err(|error| ConfigError::Syntax {
-                message: yaml::syntax_error(&path.display().to_string(), &error),
-            })?;
+        let mut config: Self = read(path)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         config.ca.root = folder.join(&config.ca.root);
         config.ca.token_file = folder.join(&config.ca.token_file);
@@ -224,11 +189,11 @@ impl Config {
     pub fn check(&self) -> Result<(), ConfigError> {
         let lease = &self.lease;
         if lease.interval.is_zero() || lease.duration < lease.interval * 3 {
-            return Err(ConfigError::Value {
-                field: "lease.duration",
-                problem: "a leader could lose its Lease between two renewals",
-                help: "write at least three times lease.interval",
-            });
+            return Err(ConfigError::value(
+                "lease.duration",
+                "a leader could lose its Lease between two renewals",
+                "write at least three times lease.interval",
+            ));
         }
         let limits = &self.limits;
         let enough = [
@@ -244,14 +209,7 @@ impl Config {
             ("limits.messageBytesMax", limits.message_bytes_max >= 4096),
             ("limits.eventsPerSecond", limits.events_per_second > 0),
         ];
-        match enough.iter().find(|(_, fine)| !fine) {
-            None => Ok(()),
-            Some((field, _)) => Err(ConfigError::Value {
-                field,
-                problem: "the value is too small to serve anybody",
-                help: "leave it out to use the default",
-            }),
-        }
+        check_enough(&enough)
     }
 }
 

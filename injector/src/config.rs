@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sidegate_mesh::yaml;
+pub use sidegate_mesh::config::ConfigError;
+use sidegate_mesh::config::{check_enough, read};
 
 use crate::settings::{BUNDLE_DIR, BUNDLE_KEY, LogLevel, Settings, SettingsError, TOKEN_DIR};
 
@@ -92,38 +93,6 @@ impl Default for Limits {
     }
 }
 
-/// Why a configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The configuration file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is not the YAML that is expected.
-    #[error("{message}")]
-    Syntax {
-        /// `FILE:LINE:COLUMN: message`.
-        message: String,
-    },
-    /// What pods are injected with is impossible.
-    #[error("injection.{0}")]
-    Injection(#[from] SettingsError),
-    /// A value is impossible.
-    #[error("{field}: {problem}; {help}")]
-    Value {
-        /// The field, as in the file.
-        field: &'static str,
-        /// What is wrong.
-        problem: &'static str,
-        /// What to write instead.
-        help: &'static str,
-    },
-}
-
 impl Config {
     /// Reads and checks a YAML file.
     ///
@@ -131,13 +100,7 @@ impl Config {
     ///
     /// [`ConfigError`], which names the file or the field.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let config: Self = serde_saphyr::from_str(&text).map_err(|error| ConfigError::Syntax {
-            message: yaml::syntax_error(&path.display().to_string(), &error),
-        })?;
+        let config: Self = read(path)?;
         config.check()?;
         Ok(config)
     }
@@ -148,7 +111,14 @@ impl Config {
     ///
     /// [`ConfigError`] for the first impossible one.
     pub fn check(&self) -> Result<(), ConfigError> {
-        self.injection.check()?;
+        self.injection.check().map_err(|wrong| {
+            let SettingsError {
+                field,
+                problem,
+                help,
+            } = wrong;
+            ConfigError::value(format!("injection.{field}"), problem, help)
+        })?;
         let limits = &self.limits;
         let at_least_one = [
             ("limits.connectionsMax", limits.connections_max > 0),
@@ -167,14 +137,7 @@ impl Config {
             ("webhooks.mutating", !self.webhooks.mutating.is_empty()),
             ("webhooks.validating", !self.webhooks.validating.is_empty()),
         ];
-        match at_least_one.iter().find(|(_, fine)| !fine) {
-            None => Ok(()),
-            Some((field, _)) => Err(ConfigError::Value {
-                field,
-                problem: "the value is too small to serve anybody",
-                help: "leave it out to use the default",
-            }),
-        }
+        check_enough(&at_least_one)
     }
 }
 

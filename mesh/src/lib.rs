@@ -5,6 +5,7 @@
 
 pub mod access_log;
 pub mod clock;
+pub mod config;
 pub mod decision;
 pub mod diagnostics;
 pub mod explain;
