@@ -651,8 +651,19 @@ spec:
         let cli =
             Cli::try_parse_from(["authz", "test"].into_iter().chain(words.split(' '))).unwrap();
         let AuthzCommand::Test(arguments) = &cli.authz.command;
-        let (mut out, mut notes) = (Vec::new(), Vec::new());
-        let code = match decide(arguments, &mut notes) {
+        let mut notes = Vec::new();
+        let decided = decide(arguments, &mut notes);
+        told(arguments, decided, notes)
+    }
+
+    /// The exit code, the data and the notes.
+    fn told(
+        arguments: &TestArgs,
+        decided: anyhow::Result<Report>,
+        mut notes: Vec<u8>,
+    ) -> (u8, String, String) {
+        let mut out = Vec::new();
+        let code = match decided {
             Ok(report) => {
                 report.print(arguments.output, &mut out).unwrap();
                 u8::from(report.decision.verdict != Verdict::Allow)
@@ -662,11 +673,8 @@ spec:
                 2
             }
         };
-        (
-            code,
-            String::from_utf8(out).unwrap(),
-            String::from_utf8(notes).unwrap(),
-        )
+        let [out, notes] = [out, notes].map(|bytes| String::from_utf8(bytes).unwrap());
+        (code, out, notes)
     }
 
     const DEMO: &str = "--dir DIR --from shop/web --to shop/orders";
@@ -805,26 +813,12 @@ shop/orders  Allow   readers  matched
     async fn ask(fake: &Fake, words: &str) -> (u8, String, String) {
         let words = ["authz", "test"].into_iter().chain(words.split(' '));
         let AuthzCommand::Test(arguments) = Cli::try_parse_from(words).unwrap().authz.command;
-        let (mut out, mut notes) = (Vec::new(), Vec::new());
+        let mut notes = Vec::new();
         let decided = match cluster::read(&arguments, &fake.cluster()).await {
             Ok(world) => decide_in(&world, &arguments, &mut notes),
             Err(error) => Err(error),
         };
-        let code = match decided {
-            Ok(report) => {
-                report.print(arguments.output, &mut out).unwrap();
-                u8::from(report.decision.verdict != Verdict::Allow)
-            }
-            Err(error) => {
-                writeln!(notes, "{error:#}").unwrap();
-                2
-            }
-        };
-        (
-            code,
-            String::from_utf8(out).unwrap(),
-            String::from_utf8(notes).unwrap(),
-        )
+        told(&arguments, decided, notes)
     }
 
     const GET: &str = "--from shop/web --method GET --path /orders/7";
