@@ -13,7 +13,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use sidegate_mesh::clock::Clock;
 use sidegate_mesh::spiffe::TrustDomain;
-use sidegate_mtls::BundleError;
+use sidegate_mtls::{BundleError, serve_health};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,7 +33,7 @@ use crate::operations::{CreatedToken, OperationError};
 use crate::registry::{Registry, RootState};
 use crate::roots::{self, Found, LEDGER, ROOT, RootsError};
 use crate::state::{StateError, StateFolder};
-use crate::{admin, metrics, server};
+use crate::{admin, server};
 
 /// How long open calls may take to end when the CA stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -536,7 +536,13 @@ async fn listen(
             tracing::error!(error = %error, "the administration has ended");
         }
     });
-    tracker.spawn(metrics::serve(metrics, Arc::clone(&issuer), cancel.clone()));
+    tracker.spawn(serve_health(
+        metrics,
+        Arc::<Issuer>::clone(&issuer),
+        Arc::clone(&issuer.clock),
+        tracker.clone(),
+        cancel.clone(),
+    ));
     tracker.spawn(maintain(Arc::clone(&issuer), cancel.clone()));
     if issuer.cluster.is_some() {
         tracker.spawn(kubernetes::follow(Arc::clone(&issuer), cancel.clone()));

@@ -1,19 +1,10 @@
-//! The CA's metrics, and the port that shows them.
+//! The CA's metrics, and what its health port tells of.
 //!
 //! Invariant: no label comes from a caller. Reasons and evidence are words of this crate, so the
 //! number of series is bounded by its source code.
 
-use std::convert::Infallible;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64};
-use std::time::Duration;
 
-use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -21,17 +12,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
+use sidegate_mtls::Health;
 
 use crate::authority::unix_seconds;
 use crate::issuer::Issuer;
-
-/// Connections served at once.
-const CONNECTIONS_MAX: usize = 32;
-/// Longest request head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 type Number = Gauge<i64, AtomicI64>;
 
@@ -300,74 +284,18 @@ impl Metrics {
     }
 }
 
-/// Serves `/metrics`, `/livez` and `/readyz` until `cancel`.
-pub(crate) async fn serve(listener: TcpListener, issuer: Arc<Issuer>, cancel: CancellationToken) {
-    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let stream = tokio::select! {
-            () = cancel.cancelled() => return,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    tracing::warn!(error = %error, "metrics port cannot accept");
-                    issuer.clock.sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
-        };
-        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
-            issuer.metrics.connection_refused("metrics_connections_max");
-            continue;
-        };
-        let (serving, cancel) = (Arc::clone(&issuer), cancel.clone());
-        issuer.tracker.spawn(async move {
-            let served = serve_connection(stream, serving);
-            tokio::select! {
-                () = cancel.cancelled() => {}
-                () = served => {}
-            }
-            drop(permit);
-        });
+impl Health for Issuer {
+    fn missing(&self) -> Vec<String> {
+        let trusted = self.store.own_svid_is_trusted();
+        let error = trusted.err().map(|error| error.to_string());
+        error.into_iter().collect()
     }
-}
 
-async fn serve_connection(stream: TcpStream, issuer: Arc<Issuer>) {
-    let service = service_fn(move |request: Request<Incoming>| {
-        let answer = answer(&request, &issuer);
-        async move { Ok::<_, Infallible>(answer) }
-    });
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(16 * 1024)
-        .serve_connection(TokioIo::new(stream), service);
-    if let Err(error) = connection.await {
-        tracing::debug!(error = %error, "metrics connection ended");
+    fn metrics(&self) -> Result<String, std::fmt::Error> {
+        self.metrics.text(self)
     }
-}
 
-fn answer(request: &Request<Incoming>, issuer: &Issuer) -> Response<Full<Bytes>> {
-    let (status, body) = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/livez") => (StatusCode::OK, "ok\n".to_owned()),
-        (&Method::GET, "/readyz") => match issuer.store.own_svid_is_trusted() {
-            Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
-            Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
-        },
-        (&Method::GET, "/metrics") => match issuer.metrics.text(issuer) {
-            Ok(text) => (StatusCode::OK, text),
-            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-        },
-        (&Method::GET, _) => (StatusCode::NOT_FOUND, "see /metrics\n".to_owned()),
-        _ => (StatusCode::METHOD_NOT_ALLOWED, "only GET\n".to_owned()),
-    };
-    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    let value = header::HeaderValue::from_static(if request.uri().path() == "/metrics" {
-        content_type
-    } else {
-        "text/plain; charset=utf-8"
-    });
-    response.headers_mut().insert(header::CONTENT_TYPE, value);
-    response
+    fn turned_away(&self) {
+        self.metrics.connection_refused("health_connections_max");
+    }
 }

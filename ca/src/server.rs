@@ -6,11 +6,7 @@
 //! Invariant: connections, handshakes, streams and messages are bounded, and callers without a
 //! certificate cannot use up what those with one need.
 
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use sidegate_api::identity::identity_server::{Identity, IdentityServer};
@@ -18,15 +14,12 @@ use sidegate_api::identity::issue_svid_request::Evidence as EvidenceMessage;
 use sidegate_api::identity::{
     IssueSvidRequest, IssueSvidResponse, WatchBundleRequest, WatchBundleResponse,
 };
-use sidegate_mtls::{Acceptor, PeerCertificate};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_rustls::server::TlsStream;
+use sidegate_mtls::{Caller, Door, DoorLimits, Doorkeeper, PeerCertificate};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::digest::Digest;
@@ -53,9 +46,15 @@ pub(crate) async fn serve(
     cancel: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
     let limits = &issuer.config.limits;
-    let (accepted, incoming) = mpsc::channel(limits.handshakes_max);
-    let door = Arc::new(Door::new(Arc::clone(&issuer), accepted));
-    issuer.tracker.spawn(accept(listener, door, cancel.clone()));
+    let door = DoorLimits {
+        connections_max: limits.connections_max,
+        anonymous_max: Some(limits.connections_max / 2),
+        handshakes_max: limits.handshakes_max,
+        handshake_timeout: limits.handshake_timeout,
+    };
+    let keeper = Arc::<Issuer>::clone(&issuer);
+    let door = Door::new(Arc::clone(&issuer.store), door, keeper);
+    let incoming = door.open(listener, &issuer.tracker, cancel.clone());
     let service = IdentityService {
         issuer: Arc::clone(&issuer),
         cancel: cancel.clone(),
@@ -68,189 +67,25 @@ pub(crate) async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(service)
-        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), cancel.cancelled_owned())
+        .serve_with_incoming_shutdown(incoming, cancel.cancelled_owned())
         .await
 }
 
-/// Who may come in, and how many.
-struct Door {
-    issuer: Arc<Issuer>,
-    acceptor: Acceptor,
-    connections: Arc<Semaphore>,
-    /// Taken in addition by callers without a certificate.
-    anonymous: Arc<Semaphore>,
-    handshakes: Arc<Semaphore>,
-    accepted: mpsc::Sender<io::Result<Connection>>,
-}
-
-impl Door {
-    fn new(issuer: Arc<Issuer>, accepted: mpsc::Sender<io::Result<Connection>>) -> Self {
-        let limits = &issuer.config.limits;
-        let store = Arc::clone(&issuer.store);
-        let clock = Arc::clone(&issuer.clock);
-        Self {
-            acceptor: Acceptor::control_plane(store, limits.handshake_timeout, clock),
-            connections: Arc::new(Semaphore::new(limits.connections_max)),
-            anonymous: Arc::new(Semaphore::new(limits.connections_max / 2)),
-            handshakes: Arc::new(Semaphore::new(limits.handshakes_max)),
-            accepted,
-            issuer,
-        }
+impl Doorkeeper for Issuer {
+    fn refused(&self, reason: &'static str) {
+        self.metrics.connection_refused(reason);
     }
 
-    fn refuse(&self, reason: &'static str, address: SocketAddr) {
-        self.issuer.metrics.connection_refused(reason);
-        tracing::debug!(reason, peer.addr = %address, "connection refused");
+    fn handshake_failed(&self, reason: &'static str) {
+        self.metrics.handshake_failed(reason);
     }
 
-    async fn admit(&self, stream: TcpStream, address: SocketAddr, permits: Permits) {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(error = %error, "cannot set TCP_NODELAY");
-        }
-        let (stream, peer) = match self.acceptor.accept_optional(stream).await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                self.issuer.metrics.handshake_failed(error.code());
-                tracing::debug!(
-                    peer.addr = %address,
-                    reason = error.code(),
-                    claimed = error.claimed(),
-                    "handshake failed"
-                );
-                return;
-            }
-        };
-        let Permits {
-            connection,
-            handshake,
-        } = permits;
-        drop(handshake);
-        let anonymous = if peer.is_some() {
-            None
-        } else {
-            let Ok(permit) = Arc::clone(&self.anonymous).try_acquire_owned() else {
-                return self.refuse("anonymous_connections_max", address);
-            };
-            Some(permit)
-        };
-        self.issuer.metrics.connections.inc();
-        let connection = Connection {
-            stream,
-            caller: Caller {
-                address,
-                certificate: peer.map(|peer| peer.certificate),
-            },
-            _open: Open {
-                issuer: Arc::clone(&self.issuer),
-                _permits: (connection, anonymous),
-            },
-        };
-        // The server is gone only when everything is.
-        drop(self.accepted.send(Ok(connection)).await);
-    }
-}
-
-struct Permits {
-    connection: OwnedSemaphorePermit,
-    handshake: OwnedSemaphorePermit,
-}
-
-async fn accept(listener: TcpListener, door: Arc<Door>, cancel: CancellationToken) {
-    loop {
-        let (stream, address) = tokio::select! {
-            () = cancel.cancelled() => return,
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    // Out of file descriptors, most likely: some will be closed soon.
-                    tracing::warn!(error = %error, "cannot accept connections");
-                    door.issuer.clock.sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
-        };
-        let Ok(connection) = Arc::clone(&door.connections).try_acquire_owned() else {
-            door.refuse("connections_max", address);
-            continue;
-        };
-        let Ok(handshake) = Arc::clone(&door.handshakes).try_acquire_owned() else {
-            door.refuse("handshakes_max", address);
-            continue;
-        };
-        let permits = Permits {
-            connection,
-            handshake,
-        };
-        let (admitting, cancel) = (Arc::clone(&door), cancel.clone());
-        door.issuer.tracker.spawn(async move {
-            let admitted = admitting.admit(stream, address, permits);
-            tokio::select! {
-                () = cancel.cancelled() => {}
-                () = admitted => {}
-            }
-        });
-    }
-}
-
-/// Who is at the other end, as TLS has proved it.
-#[derive(Clone, Debug)]
-struct Caller {
-    address: SocketAddr,
-    certificate: Option<Arc<PeerCertificate>>,
-}
-
-/// One authenticated connection.
-struct Connection {
-    stream: TlsStream<TcpStream>,
-    caller: Caller,
-    _open: Open,
-}
-
-/// Counts a connection for as long as it lives.
-struct Open {
-    issuer: Arc<Issuer>,
-    _permits: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.issuer.metrics.connections.dec();
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Caller;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.caller.clone()
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+    fn opened(&self) {
+        self.metrics.connections.inc();
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    fn closed(&self) {
+        self.metrics.connections.dec();
     }
 }
 
@@ -271,7 +106,7 @@ impl Identity for IdentityService {
             self.issuer.metrics.refused(refusal.code());
             tracing::debug!(
                 peer.addr = %caller.address,
-                peer.id = caller.certificate.as_ref().map(|shown| shown.id.as_str()),
+                peer.id = certificate(&caller).map(|shown| shown.id.as_str()),
                 reason = refusal.code(),
                 "svid refused"
             );
@@ -289,7 +124,7 @@ impl Identity for IdentityService {
         let max = self.issuer.config.limits.watchers_max;
         let stream = {
             let registry = self.issuer.registry();
-            let named = caller.certificate.as_ref().and_then(|shown| {
+            let named = certificate(&caller).and_then(|shown| {
                 let serial = crate::digest::Serial::from_bytes(shown.serial.as_bytes())?;
                 let lineage = registry.certificate(&serial).map(|issued| issued.lineage);
                 // Another replica may have issued it.
@@ -353,10 +188,7 @@ impl IdentityService {
                 self.issuer.registry().attest_token(&token.token, now)
             }
             Some(EvidenceMessage::CurrentSvid(_)) => {
-                let shown = caller
-                    .certificate
-                    .as_ref()
-                    .ok_or(EvidenceError::NoCertificate)?;
+                let shown = certificate(caller).ok_or(EvidenceError::NoCertificate)?;
                 // Again, since the handshake may be long past and a root or the caller gone.
                 let verifier = self.issuer.verifier();
                 let peer = verifier
@@ -383,7 +215,7 @@ impl IdentityService {
         };
         let mut attested = attestor.attest(&shown.token, caller.address).await?;
         // Its key may not be certified a second time; otherwise it proves nothing here.
-        let shown = caller.certificate.as_ref();
+        let shown = certificate(caller);
         attested.key = shown.and_then(|shown| Digest::from_bytes(&shown.public_key_sha256));
         Ok(attested)
     }
@@ -460,4 +292,9 @@ fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     caller
         .cloned()
         .ok_or_else(|| Status::internal("the connection has no facts"))
+}
+
+/// The certificate that a caller showed.
+fn certificate(caller: &Caller) -> Option<&Arc<PeerCertificate>> {
+    caller.peer.as_ref().map(|peer| &peer.certificate)
 }

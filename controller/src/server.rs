@@ -3,24 +3,18 @@
 //! Invariants: who has no certificate that is believed gets no stream; connections, handshakes,
 //! streams and messages are bounded; a stream ends with the certificates that it stands on.
 
-use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use sidegate_api::control::control_server::{Control, ControlServer};
 use sidegate_api::control::replica_server::{Replica, ReplicaServer};
 use sidegate_api::control::{ReportRequest, ReportResponse, WatchRequest, WatchResponse};
-use sidegate_mtls::{Acceptor, Peer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_rustls::server::TlsStream;
+use sidegate_mtls::{Door, DoorLimits, Doorkeeper, Peer};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
-use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::replica;
@@ -46,9 +40,15 @@ pub(crate) async fn serve(
     shared: Arc<Shared>,
 ) -> Result<(), tonic::transport::Error> {
     let limits = &shared.config.limits;
-    let (accepted, incoming) = mpsc::channel(limits.handshakes_max);
-    let door = Arc::new(Door::new(Arc::clone(&shared), accepted));
-    shared.spawn(accept(listener, door));
+    let door = DoorLimits {
+        connections_max: limits.connections_max,
+        anonymous_max: None,
+        handshakes_max: limits.handshakes_max,
+        handshake_timeout: limits.handshake_timeout,
+    };
+    let keeper = Arc::<Shared>::clone(&shared);
+    let door = Door::new(Arc::clone(&shared.store), door, keeper);
+    let incoming = door.open(listener, &shared.tracker, shared.cancel.clone());
     let control = ControlServer::new(ControlService {
         sidecars: Arc::new(Semaphore::new(limits.sidecars_max)),
         shared: Arc::clone(&shared),
@@ -64,96 +64,25 @@ pub(crate) async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(control.max_decoding_message_size(limits.message_bytes_max))
         .add_service(replica.max_decoding_message_size(limits.message_bytes_max))
-        .serve_with_incoming_shutdown(
-            ReceiverStream::new(incoming),
-            shared.cancel.clone().cancelled_owned(),
-        )
+        .serve_with_incoming_shutdown(incoming, shared.cancel.clone().cancelled_owned())
         .await
 }
 
-/// Who may come in, and how many.
-struct Door {
-    shared: Arc<Shared>,
-    acceptor: Acceptor,
-    connections: Arc<Semaphore>,
-    handshakes: Arc<Semaphore>,
-    accepted: mpsc::Sender<io::Result<Connection>>,
-}
-
-impl Door {
-    fn new(shared: Arc<Shared>, accepted: mpsc::Sender<io::Result<Connection>>) -> Self {
-        let limits = &shared.config.limits;
-        let store = Arc::clone(&shared.store);
-        let clock = Arc::clone(&shared.clock);
-        Self {
-            acceptor: Acceptor::control_plane(store, limits.handshake_timeout, clock),
-            connections: Arc::new(Semaphore::new(limits.connections_max)),
-            handshakes: Arc::new(Semaphore::new(limits.handshakes_max)),
-            accepted,
-            shared,
-        }
+impl Doorkeeper for Shared {
+    fn refused(&self, reason: &'static str) {
+        self.metrics.connection_refused(reason);
     }
 
-    fn refuse(&self, reason: &'static str, address: SocketAddr) {
-        self.shared.metrics.connection_refused(reason);
-        tracing::debug!(reason, peer.addr = %address, "connection refused");
+    fn handshake_failed(&self, reason: &'static str) {
+        self.metrics.handshake_failed(reason);
     }
 
-    async fn admit(&self, stream: TcpStream, address: SocketAddr, permit: OwnedSemaphorePermit) {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(error = %error, "cannot set TCP_NODELAY");
-        }
-        let (stream, peer) = match self.acceptor.accept(stream).await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                self.shared.metrics.handshake_failed(error.code());
-                tracing::debug!(
-                    peer.addr = %address,
-                    reason = error.code(),
-                    claimed = error.claimed(),
-                    "handshake failed"
-                );
-                return;
-            }
-        };
-        self.shared.metrics.connections.inc();
-        let connection = Connection {
-            stream,
-            caller: Caller { address, peer },
-            _open: Open {
-                shared: Arc::clone(&self.shared),
-                _permit: permit,
-            },
-        };
-        // The server is gone only when everything is.
-        drop(self.accepted.send(Ok(connection)).await);
+    fn opened(&self) {
+        self.metrics.connections.inc();
     }
-}
 
-async fn accept(listener: TcpListener, door: Arc<Door>) {
-    loop {
-        let (stream, address) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of file descriptors, most likely: some will be closed soon.
-                tracing::warn!(error = %error, "cannot accept connections");
-                door.shared.clock.sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let Ok(connection) = Arc::clone(&door.connections).try_acquire_owned() else {
-            door.refuse("connections_max", address);
-            continue;
-        };
-        let Ok(handshake) = Arc::clone(&door.handshakes).try_acquire_owned() else {
-            door.refuse("handshakes_max", address);
-            continue;
-        };
-        let admitting = Arc::clone(&door);
-        door.shared.spawn(async move {
-            admitting.admit(stream, address, connection).await;
-            drop(handshake);
-        });
+    fn closed(&self) {
+        self.metrics.connections.dec();
     }
 }
 
@@ -162,61 +91,6 @@ async fn accept(listener: TcpListener, door: Arc<Door>) {
 pub(crate) struct Caller {
     pub address: SocketAddr,
     pub peer: Peer,
-}
-
-/// One authenticated connection.
-struct Connection {
-    stream: TlsStream<TcpStream>,
-    caller: Caller,
-    _open: Open,
-}
-
-/// Counts a connection for as long as it lives.
-struct Open {
-    shared: Arc<Shared>,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.shared.metrics.connections.dec();
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Caller;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.caller.clone()
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
 }
 
 struct ControlService {
@@ -287,8 +161,8 @@ impl Replica for ReplicaService {
 }
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    let caller = request.extensions().get::<Caller>();
-    caller
-        .cloned()
-        .ok_or_else(|| Status::internal("the connection has no facts"))
+    let caller = request.extensions().get::<sidegate_mtls::Caller>();
+    let peer = caller.and_then(|caller| Some((caller.address, caller.peer.clone()?)));
+    let (address, peer) = peer.ok_or_else(|| Status::internal("the connection has no facts"))?;
+    Ok(Caller { address, peer })
 }

@@ -16,7 +16,7 @@ use sidegate_mesh::SpiffeIdError;
 use sidegate_mesh::clock::Clock;
 use sidegate_mtls::{
     CaClient, CaClientConfig, CredentialStore, Evidence, IdentityConfig, IdentityError, Issue,
-    RenewalPolicy, VerifyLimits, WorkloadIdentity, control_plane_id, crypto_provider,
+    RenewalPolicy, VerifyLimits, WorkloadIdentity, control_plane_id, crypto_provider, serve_health,
 };
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 use crate::ca_bundle::{CaBundle, Configuration};
 use crate::config::Config;
 use crate::connections::Connections;
-use crate::health::{self, Health};
+use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::namespaces::NamespaceWatch;
 use crate::server::{self, Door};
@@ -193,10 +193,16 @@ impl Injector {
         }
         self.tracker
             .spawn(server::serve(listener, door, self.serving.clone()));
-        let (health, tracker) = (Arc::clone(&self.health), self.tracker.clone());
+        let (clock, tracker) = (Arc::clone(&self.clock), self.tracker.clone());
+        let health = Arc::<Health>::clone(&self.health);
         let running = self.running.clone();
-        self.tracker
-            .spawn(health::serve(health_listener, health, tracker, running));
+        self.tracker.spawn(serve_health(
+            health_listener,
+            health,
+            clock,
+            tracker,
+            running,
+        ));
     }
 
     fn spawn_until_end(&self, task: impl Future<Output = ()> + Send + 'static) {

@@ -27,11 +27,17 @@ use rustls::sign::CertifiedKey;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use sidegate_mesh::clock::ManualClock;
 use sidegate_mtls::{
-    ALPN, ALPN_H2, Acceptor, Connector, CredentialStore, HandshakeError, Hello, HelloReader,
-    PublishError, Revocations, Svid, Trust,
+    ALPN, ALPN_H2, Acceptor, Connector, CredentialStore, Door, DoorLimits, Doorkeeper,
+    HandshakeError, Hello, HelloReader, PublishError, Revocations, Svid, Trust,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsConnector;
+use tokio_stream::StreamExt as _;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::server::Connected as _;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -373,4 +379,84 @@ fn what_is_no_hello_or_never_ends_is_not_a_sidecars() {
         assert!(read <= HelloReader::BYTES_MAX + 512, "it waits for ever");
     }
     assert_eq!(said, Hello::Foreign);
+}
+
+/// Says each thing that happens at a door.
+struct Keeper(mpsc::UnboundedSender<&'static str>);
+
+impl Doorkeeper for Keeper {
+    fn refused(&self, reason: &'static str) {
+        self.0.send(reason).unwrap();
+    }
+
+    fn handshake_failed(&self, reason: &'static str) {
+        self.0.send(reason).unwrap();
+    }
+
+    fn opened(&self) {
+        self.0.send("opened").unwrap();
+    }
+
+    fn closed(&self) {
+        self.0.send("closed").unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_door_bounds_who_comes_in_and_apart_those_who_show_nothing() {
+    let world = World::new();
+    let svid = world.issuer.svid(&id("shop/web"));
+    let nobody = Arc::new(hostile_client(None, &[ALPN_H2]));
+    let web = Arc::new(hostile_client(Some(certified(&svid)), &[ALPN_H2]));
+    for anonymous_max in [Some(1), None] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let come = async |config: &Arc<rustls::ClientConfig>| {
+            let name = ServerName::try_from("x.invalid").unwrap();
+            let stream = TcpStream::connect(address).await.unwrap();
+            TlsConnector::from(Arc::clone(config))
+                .connect(name, stream)
+                .await
+        };
+        let (tracker, cancel) = (TaskTracker::new(), CancellationToken::new());
+        let (events, mut heard) = mpsc::unbounded_channel();
+        let limits = DoorLimits {
+            connections_max: 2,
+            anonymous_max,
+            handshakes_max: 4,
+            handshake_timeout: TIMEOUT,
+        };
+        let door = Door::new(world.store("shop/orders"), limits, Arc::new(Keeper(events)));
+        let mut incoming = door.open(listener, &tracker, cancel.clone());
+        let mut clients = vec![come(&nobody).await];
+        let mut served = Vec::new();
+        if anonymous_max.is_some() {
+            assert_eq!(heard.recv().await, Some("opened"));
+            served.push(incoming.next().await.unwrap().unwrap());
+            assert!(served[0].connect_info().peer.is_none());
+            clients.push(come(&nobody).await);
+            assert_eq!(heard.recv().await, Some("anonymous_connections_max"));
+        } else {
+            assert_eq!(heard.recv().await, Some("no_certificate"));
+            clients.push(come(&web).await);
+            assert_eq!(heard.recv().await, Some("opened"));
+            served.push(incoming.next().await.unwrap().unwrap());
+        }
+        clients.push(come(&web).await);
+        assert_eq!(heard.recv().await, Some("opened"));
+        served.push(incoming.next().await.unwrap().unwrap());
+        let caller = served[1].connect_info();
+        assert_eq!(caller.peer.unwrap().id, id("shop/web"));
+        assert!(caller.address.ip().is_loopback());
+        // Nobody more, before a place is free again.
+        assert!(come(&web).await.is_err());
+        assert_eq!(heard.recv().await, Some("connections_max"));
+        drop(served.pop());
+        assert_eq!(heard.recv().await, Some("closed"));
+        clients.push(come(&web).await);
+        assert_eq!(heard.recv().await, Some("opened"));
+        cancel.cancel();
+        tracker.close();
+        tracker.wait().await;
+    }
 }
