@@ -96,7 +96,6 @@ impl Cluster {
     pub(crate) async fn connect(arguments: &ClusterArgs) -> anyhow::Result<Self> {
         let (mut config, name) = read_config(arguments).await?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
-        proxy::spare(&mut config, &name)?;
         let namespace = config.default_namespace.clone();
         let client = Client::try_from(config)
             .with_context(|| format!("the kubeconfig's cluster {name} cannot be used"))?;
@@ -277,9 +276,11 @@ async fn read_config(arguments: &ClusterArgs) -> anyhow::Result<(Config, String)
         context: Some(name.clone()),
         ..KubeConfigOptions::default()
     };
-    let config = Config::from_custom_kubeconfig(kubeconfig, &options)
+    let said = proxy::said_by(&kubeconfig, &name);
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &options)
         .await
         .with_context(|| format!("the context `{name}` cannot be used"))?;
+    proxy::choose(&mut config, said, &name)?;
     Ok((config, name))
 }
 

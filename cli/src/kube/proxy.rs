@@ -1,52 +1,89 @@
-//! Proxies on the way to a cluster, which this command line cannot use.
+//! Proxies on the way to a cluster.
 //!
-//! Always true: a proxy of the environment counts only where `NO_PROXY` does not spare the
-//! cluster, as for kubectl; one that counts is an error that says what to do instead.
+//! Always true: the same proxy as kubectl's. The kubeconfig's own `proxy-url` counts as it stands;
+//! one of the environment only where `NO_PROXY` does not spare the cluster. What cannot be used is
+//! an error before anything is asked.
 
 use std::net::IpAddr;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use hyper::Uri;
 use kube::Config;
+use kube::config::Kubeconfig;
 
-/// Leaves out a proxy of the environment that does not count for this cluster.
+/// What the kubeconfig itself says about the way to the cluster of this context.
+pub(super) fn said_by(kubeconfig: &Kubeconfig, context: &str) -> Option<String> {
+    let mut contexts = kubeconfig.contexts.iter();
+    let context = contexts.find(|known| known.name == context)?;
+    let cluster = &context.context.as_ref()?.cluster;
+    let mut clusters = kubeconfig.clusters.iter();
+    let cluster = clusters.find(|known| known.name == *cluster)?;
+    cluster.cluster.as_ref()?.proxy_url.clone()
+}
+
+/// Chooses the proxy through which a cluster is reached, or none. What the client has chosen by
+/// itself does not count: it asks `NO_PROXY` about the proxy instead of the cluster.
 ///
 /// # Errors
 ///
-/// When the cluster is to be reached through a proxy.
-pub(super) fn spare(config: &mut Config, name: &str) -> anyhow::Result<()> {
-    let Some(proxy) = config.proxy_url.clone() else {
-        return Ok(());
-    };
-    let variable = |names: [&str; 2]| {
-        let mut values = names
-            .into_iter()
-            .filter_map(|name| std::env::var(name).ok());
+/// When the proxy is none that can be used.
+pub(super) fn choose(config: &mut Config, said: Option<String>, name: &str) -> anyhow::Result<()> {
+    let environment = |variable: &str| std::env::var(variable).ok();
+    let proxy = proxy_for(&config.cluster_url, said, &environment);
+    config.proxy_url = proxy.map(|proxy| read(&proxy, name)).transpose()?;
+    Ok(())
+}
+
+fn proxy_for(
+    cluster: &Uri,
+    said: Option<String>,
+    environment: &dyn Fn(&str) -> Option<String>,
+) -> Option<String> {
+    let variable = |name: &str| {
+        let spellings = [name.to_owned(), name.to_lowercase()];
+        let mut values = spellings.iter().filter_map(|name| environment(name));
         values.find(|value| !value.is_empty())
     };
-    let of_environment = variable(["HTTPS_PROXY", "https_proxy"]);
-    let is_of_environment =
-        of_environment.is_some_and(|of| of.parse::<Uri>().is_ok_and(|of| of == proxy));
-    let host = config.cluster_url.host().unwrap_or_default();
-    let list = variable(["NO_PROXY", "no_proxy"]).unwrap_or_default();
-    if is_of_environment && is_spared(host, config.cluster_url.port_u16(), &list) {
-        config.proxy_url = None;
-        return Ok(());
+    let of_environment = || {
+        let list = variable("NO_PROXY").unwrap_or_default();
+        let host = cluster.host().unwrap_or_default();
+        let proxy = variable(match cluster.scheme_str() {
+            Some("http") => "HTTP_PROXY",
+            _ => "HTTPS_PROXY",
+        });
+        proxy.filter(|_| !is_spared(host, port_of(cluster), &list))
+    };
+    said.filter(|said| !said.is_empty()).or_else(of_environment)
+}
+
+fn port_of(cluster: &Uri) -> Option<u16> {
+    let usual = match cluster.scheme_str() {
+        Some("http") => 80,
+        _ => 443,
+    };
+    cluster.port_u16().or(Some(usual))
+}
+
+fn read(proxy: &str, name: &str) -> anyhow::Result<Uri> {
+    let whole = if proxy.contains("://") {
+        proxy.to_owned()
+    } else {
+        format!("http://{proxy}")
+    };
+    // A password may stand before the `@`.
+    let shown = proxy.rsplit_once('@').map_or(proxy, |(_, host)| host);
+    let uri: Uri = whole
+        .parse()
+        .with_context(|| format!("the proxy {shown} of the cluster {name} is no URL"))?;
+    match uri.scheme_str() {
+        Some("http" | "https") if uri.host().is_some_and(|host| !host.is_empty()) => Ok(uri),
+        scheme => bail!(
+            "the cluster {name} would be reached through the proxy {shown} by `{}`, and only http \
+             and https are supported: put the cluster into NO_PROXY, or run `kubectl proxy` and use \
+             a kubeconfig whose server is http://127.0.0.1:8001",
+            scheme.unwrap_or_default()
+        ),
     }
-    let proxy = proxy.authority().map(|authority| {
-        // A password may stand before the `@`.
-        let authority = authority.as_str();
-        authority
-            .rsplit_once('@')
-            .map_or(authority, |(_, host)| host)
-            .to_owned()
-    });
-    bail!(
-        "the cluster {name} would be reached through the proxy {}, which is not supported: put {host} \
-         into NO_PROXY, or run `kubectl proxy` and use a kubeconfig whose server is \
-         http://127.0.0.1:8001",
-        proxy.unwrap_or_default()
-    );
 }
 
 /// Whether `NO_PROXY` spares a host: this machine always; else by name, domain, address or network,
@@ -106,6 +143,51 @@ mod tests {
             ("k8s.example.com", "*", true),
         ] {
             assert_eq!(is_spared(host, Some(6443), list), spared, "{host} {list}");
+        }
+    }
+
+    #[test]
+    fn the_kubeconfigs_proxy_counts_as_it_stands_and_the_environments_unless_spared() {
+        let environment = |variable: &str| {
+            let value = match variable {
+                "HTTPS_PROXY" => "proxy.example.com:3128",
+                "http_proxy" => "http://plain.example.com",
+                "no_proxy" => ".internal",
+                _ => return None,
+            };
+            Some(value.to_owned())
+        };
+        let chosen = |cluster: &str, said: Option<&str>| {
+            let cluster = cluster.parse().unwrap();
+            let proxy = proxy_for(&cluster, said.map(str::to_owned), &environment)?;
+            Some(read(&proxy, "test").unwrap().to_string())
+        };
+        let https = Some("http://proxy.example.com:3128/".to_owned());
+        assert_eq!(chosen("https://k8s.example.com:6443", None), https);
+        assert_eq!(chosen("https://k8s.example.com:6443", Some("")), https);
+        assert_eq!(chosen("https://k8s.internal:6443", None), None);
+        assert_eq!(chosen("https://127.0.0.1:6443", None), None);
+        let plain = Some("http://plain.example.com/".to_owned());
+        assert_eq!(chosen("http://k8s.example.com", None), plain);
+        let own = Some("https://own.example.com/".to_owned());
+        assert_eq!(
+            chosen("https://k8s.internal:6443", Some("https://own.example.com")),
+            own
+        );
+    }
+
+    #[test]
+    fn a_proxy_that_cannot_be_used_is_said_without_its_password() {
+        for (proxy, expected) in [
+            ("socks5://user:secret@proxy:1080", "proxy:1080 by `socks5`"),
+            (
+                "http://user:secret@pro xy",
+                "the proxy pro xy of the cluster test is no URL",
+            ),
+        ] {
+            let error = format!("{:#}", read(proxy, "test").unwrap_err());
+            assert!(error.contains(expected), "{error}");
+            assert!(!error.contains("secret"), "{error}");
         }
     }
 }

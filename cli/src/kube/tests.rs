@@ -1,3 +1,6 @@
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
 use super::*;
 
 const KUBECONFIG: &str = "
@@ -73,4 +76,57 @@ async fn a_cluster_that_does_not_answer_is_named() {
         "{error}"
     );
     assert!(error.contains("Connection refused"), "{error}");
+}
+
+/// One head of HTTP.
+async fn head_of(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    String::from_utf8(head).unwrap()
+}
+
+#[tokio::test]
+async fn a_cluster_behind_a_proxy_is_asked_through_it() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (folder, arguments) = arguments(None);
+    let proxy = format!("http://user:p%40ss@{}", listener.local_addr().unwrap());
+    let cluster = format!("server: 'http://k8s.invalid:8080', proxy-url: '{proxy}'");
+    let kubeconfig = KUBECONFIG.replace("server: 'http://127.0.0.1:1'", &cluster);
+    std::fs::write(folder.path().join("config"), kubeconfig).unwrap();
+    let cluster = Cluster::connect(&arguments).await.unwrap();
+    let pods: Api<k8s_openapi::api::core::v1::Pod> = cluster.api(&Scope::All);
+    let mut found = 0;
+    let asking = cluster.list(&pods, "listing pods", |_| found += 1);
+    let answering = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let connect = head_of(&mut stream).await;
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+        let request = head_of(&mut stream).await;
+        let body = r#"{"kind":"PodList","apiVersion":"v1","metadata":{},"items":[{"metadata":{"name":"a"}}]}"#;
+        let length = body.len();
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        (connect, request)
+    };
+    let (asked, (connect, request)) = tokio::join!(asking, answering);
+    asked.unwrap();
+    assert_eq!(found, 1);
+    assert!(
+        connect.starts_with("CONNECT k8s.invalid:8080 HTTP/1.1\r\n"),
+        "{connect}"
+    );
+    let connect = connect.to_lowercase();
+    assert!(
+        connect.contains("proxy-authorization: basic dxnlcjpwqhnz\r\n"),
+        "{connect}"
+    );
+    assert!(request.starts_with("GET /api/v1/pods"), "{request}");
+    assert!(
+        !request.to_lowercase().contains("proxy-authorization"),
+        "{request}"
+    );
 }
