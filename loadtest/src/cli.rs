@@ -20,7 +20,7 @@ use crate::engine::Load;
 use crate::progress::{self, Bar};
 use crate::results::{LoadFacts, Results, Run as RunFacts};
 use crate::target::{Call, Protocol, Target, TlsFiles};
-use crate::{baseline, compare, engine, machine, report, results, table};
+use crate::{baseline, compare, engine, machine, reflection, report, results, table};
 
 /// More is no load, it is a mistake.
 const BODY_BYTES_MAX: usize = 64 << 20;
@@ -92,9 +92,12 @@ pub(crate) struct Run {
     /// A header, `name: value`; may be repeated.
     #[arg(long = "header", short = 'H', value_name = "NAME: VALUE", value_parser = header)]
     headers: Vec<(HeaderName, HeaderValue)>,
-    /// The method to call, `package.Service/Method`, with the bytes of --body-file or --body-bytes as message.
+    /// The method to call, `package.Service/Method`; its message is --grpc-data, or the bytes of --body-file or --body-bytes.
     #[arg(long, value_name = "METHOD")]
     grpc_method: Option<String>,
+    /// The message as JSON; its type comes from the server, by reflection.
+    #[arg(long, value_name = "JSON", requires = "grpc_method", conflicts_with_all = ["body_bytes", "body_file"])]
+    grpc_data: Option<String>,
     /// How long is measured.
     #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
     duration: Duration,
@@ -328,9 +331,12 @@ impl Run {
 ///
 /// [`Usage`], or why nothing could be measured.
 pub(crate) async fn run(options: Run) -> anyhow::Result<ExitCode> {
-    let call = options.call().map_err(Usage)?;
+    let mut call = options.call().map_err(Usage)?;
     let load = options.load().map_err(Usage)?;
     let baseline = options.output.baseline()?;
+    if let Some(json) = &options.grpc_data {
+        call.body = reflection::message(&call, json).await?;
+    }
     let target = Target::prepare(&call).await.map_err(Usage)?;
     let mut tasks = JoinSet::new();
     let mut interrupt = progress::interrupt(&mut tasks)?;

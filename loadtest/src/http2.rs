@@ -79,6 +79,20 @@ impl Shared {
     ///
     /// Any [`Failure`]; one that ends the connection makes the next call open another.
     pub(crate) async fn call(&self, target: &Target, timeout: Duration) -> Result<Answer, Failure> {
+        self.call_and_read(target, timeout, &mut |_data| {}).await
+    }
+
+    /// As [`Self::call`]; `read` is shown the body, piece by piece.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::call`].
+    pub(crate) async fn call_and_read(
+        &self,
+        target: &Target,
+        timeout: Duration,
+        read: &mut impl FnMut(&[u8]),
+    ) -> Result<Answer, Failure> {
         let sender = self.sender(target, timeout).await?;
         let mut sender = match sender.ready().await {
             Ok(sender) => sender,
@@ -87,7 +101,7 @@ impl Shared {
                 return Err(error.into());
             }
         };
-        let sent = exchange(&mut sender, target).await;
+        let sent = exchange(&mut sender, target, read).await;
         if matches!(
             &sent,
             Err(Failure::Io(_) | Failure::Closed | Failure::Protocol(_))
@@ -98,7 +112,11 @@ impl Shared {
     }
 }
 
-async fn exchange(sender: &mut SendRequest<Bytes>, target: &Target) -> Result<Answer, Failure> {
+async fn exchange(
+    sender: &mut SendRequest<Bytes>,
+    target: &Target,
+    read: &mut impl FnMut(&[u8]),
+) -> Result<Answer, Failure> {
     let empty = target.body.is_empty();
     let (response, mut stream) = sender.send_request(target.request.clone(), empty)?;
     if !empty {
@@ -112,6 +130,7 @@ async fn exchange(sender: &mut SendRequest<Bytes>, target: &Target) -> Result<An
     while let Some(data) = body.data().await {
         let data = data?;
         bytes += data.len() as u64;
+        read(&data);
         body.flow_control().release_capacity(data.len())?;
     }
     if let Some(trailers) = body.trailers().await? {

@@ -24,6 +24,7 @@ mod http2;
 mod machine;
 mod progress;
 mod recorder;
+mod reflection;
 mod report;
 mod results;
 mod schedule;
