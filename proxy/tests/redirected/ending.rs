@@ -40,10 +40,7 @@ async fn an_application_that_refuses_the_connection_sends_any_call_elsewhere() {
 #[tokio::test]
 async fn with_one_endpoint_the_caller_learns_that_it_could_not_be_reached() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     let endpoint = orders.endpoint(8080).await;
     web.know(SERVICE, meshed(std::slice::from_ref(&endpoint)))
         .await;
@@ -135,10 +132,7 @@ async fn an_endpoint_that_is_about_to_end_is_chosen_only_when_there_is_no_other(
 #[tokio::test]
 async fn callers_of_a_workload_that_is_about_to_end_are_told_to_go_and_still_served() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     app::http(orders.at(8080), "orders").await;
     web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
         .await;

@@ -28,10 +28,7 @@ async fn any_port_may_be_called_and_names_come_from_the_configuration() {
 #[tokio::test]
 async fn an_audit_workload_serves_what_parses_and_says_what_it_would_have_refused() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", "").await,
-    );
+    let (web, orders) = cluster.web_and_orders("").await;
     let nobody = |policy: &str| policy.replace("serviceAccount: web", "serviceAccount: nobody");
     orders.audit(&format!("{}---{}", nobody(WEB), nobody(BYTES)));
     app::http(orders.at(8080), "orders").await;

@@ -19,10 +19,7 @@ fn service() -> std::net::SocketAddr {
 #[tokio::test]
 async fn a_request_goes_where_its_connection_was_made_to_whatever_host_it_names() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     app::http(orders.at(8080), "orders").await;
     let endpoint = orders.endpoint(8080).await;
     web.know(SERVICE, meshed(std::slice::from_ref(&endpoint)))
@@ -55,10 +52,7 @@ async fn a_request_goes_where_its_connection_was_made_to_whatever_host_it_names(
 #[tokio::test]
 async fn http_1_0_without_a_host_is_carried() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     app::http(orders.at(8080), "orders").await;
     web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
         .await;
@@ -87,10 +81,7 @@ async fn each_request_of_a_connection_sees_the_endpoints_of_its_moment() {
 #[tokio::test]
 async fn grpc_and_websockets_are_carried() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     let grpc = app::grpc(orders.at(8080)).await;
     web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
         .await;
@@ -105,10 +96,7 @@ async fn grpc_and_websockets_are_carried() {
     assert_eq!(response.headers()["grpc-status"], "0", "{response:?}");
     assert_eq!(web.record(|_| true).await.protocol, Protocol::Grpc);
 
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     grpc.abort();
     app::websocket(orders.at(8080)).await;
     web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
@@ -126,10 +114,7 @@ async fn grpc_and_websockets_are_carried() {
 #[tokio::test]
 async fn bytes_are_carried_as_they_are_and_an_applications_own_tls_too() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", BYTES).await,
-    );
+    let (web, orders) = cluster.web_and_orders(BYTES).await;
     app::echo(orders.at(6379)).await;
     web.know(SERVICE, meshed(&[orders.endpoint(6379).await]))
         .await;
@@ -155,10 +140,7 @@ async fn bytes_are_carried_as_they_are_and_an_applications_own_tls_too() {
 #[tokio::test]
 async fn a_server_that_speaks_first_is_heard() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", BYTES).await,
-    );
+    let (web, orders) = cluster.web_and_orders(BYTES).await;
     app::greeter(orders.at(6379)).await;
     let endpoint = orders.endpoint(6379).await;
     // Of unknown protocol after a moment of silence; where the route says tcp, at once.
@@ -202,10 +184,7 @@ async fn what_looks_like_http_passes_as_bytes_to_a_tcp_port_and_an_opaque_one() 
 #[tokio::test]
 async fn an_http_port_carries_no_bytes_but_a_client_that_hesitates_may_still_speak() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     app::http(orders.at(8080), "orders").await;
     web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
         .await;
@@ -231,10 +210,7 @@ async fn an_http_port_carries_no_bytes_but_a_client_that_hesitates_may_still_spe
 #[tokio::test]
 async fn neither_connect_nor_an_absolute_target_chooses_a_destination() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     app::http(orders.at(8080), "orders").await;
     web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
         .await;
@@ -362,10 +338,7 @@ async fn what_nobody_knows_fails_after_a_second_at_most() {
 #[tokio::test]
 async fn a_connection_that_was_begun_in_the_mesh_does_not_go_on_outside() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", WEB).await,
-    );
+    let (web, orders) = cluster.web_and_orders(WEB).await;
     app::http(orders.at(8080), "orders").await;
     web.know(SERVICE, meshed(&[orders.endpoint(8080).await]))
         .await;
@@ -411,10 +384,7 @@ async fn loops_and_our_own_ports_are_refused_and_logged() {
 #[tokio::test]
 async fn a_caller_that_connects_early_and_speaks_http_late_is_read_as_such() {
     let cluster = Cluster::new();
-    let (web, orders) = (
-        cluster.pod("web", "").await,
-        cluster.pod("orders", "").await,
-    );
+    let (web, orders) = cluster.web_and_orders("").await;
     // Where bytes are carried too: without a policy, in a namespace that audits.
     orders.audit("");
     let (opened, mut openings) = tokio::sync::mpsc::unbounded_channel();

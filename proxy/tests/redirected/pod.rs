@@ -127,6 +127,11 @@ impl Cluster {
         self.pod_with(account, policy, "").await
     }
 
+    /// `web`, which nobody may call, and `orders` with this policy.
+    pub async fn web_and_orders(&self, policy: &str) -> (Pod, Pod) {
+        (self.pod("web", "").await, self.pod("orders", policy).await)
+    }
+
     /// `more` is further YAML of the sidecar's configuration.
     pub async fn pod_with(&self, account: &str, policy: &str, more: &str) -> Pod {
         let last = NEXT.fetch_add(1, Ordering::Relaxed);
