@@ -280,7 +280,10 @@ async fn read_config(arguments: &ClusterArgs) -> anyhow::Result<(Config, String)
     let mut config = Config::from_custom_kubeconfig(kubeconfig, &options)
         .await
         .with_context(|| format!("the context `{name}` cannot be used"))?;
-    proxy::choose(&mut config, said, &name)?;
+    let name = match proxy::choose(&mut config, said, &name)? {
+        Some(proxy) => format!("{name} behind the proxy {proxy}"),
+        None => name,
+    };
     Ok((config, name))
 }
 

@@ -21,17 +21,22 @@ pub(super) fn said_by(kubeconfig: &Kubeconfig, context: &str) -> Option<String> 
     cluster.cluster.as_ref()?.proxy_url.clone()
 }
 
-/// Chooses the proxy through which a cluster is reached, or none. What the client has chosen by
+/// Chooses the proxy through which a cluster is reached, or none; gives it as messages show it. What
+/// the client has chosen by
 /// itself does not count: it asks `NO_PROXY` about the proxy instead of the cluster.
 ///
 /// # Errors
 ///
 /// When the proxy is none that can be used.
-pub(super) fn choose(config: &mut Config, said: Option<String>, name: &str) -> anyhow::Result<()> {
+pub(super) fn choose(
+    config: &mut Config,
+    said: Option<String>,
+    name: &str,
+) -> anyhow::Result<Option<String>> {
     let environment = |variable: &str| std::env::var(variable).ok();
     let proxy = proxy_for(&config.cluster_url, said, &environment);
-    config.proxy_url = proxy.map(|proxy| read(&proxy, name)).transpose()?;
-    Ok(())
+    config.proxy_url = proxy.as_ref().map(|proxy| read(proxy, name)).transpose()?;
+    Ok(proxy.map(|proxy| shown(&proxy).to_owned()))
 }
 
 fn proxy_for(
@@ -64,14 +69,18 @@ fn port_of(cluster: &Uri) -> Option<u16> {
     cluster.port_u16().or(Some(usual))
 }
 
+/// A password may stand before the `@`.
+fn shown(proxy: &str) -> &str {
+    proxy.rsplit_once('@').map_or(proxy, |(_, host)| host)
+}
+
 fn read(proxy: &str, name: &str) -> anyhow::Result<Uri> {
     let whole = if proxy.contains("://") {
         proxy.to_owned()
     } else {
         format!("http://{proxy}")
     };
-    // A password may stand before the `@`.
-    let shown = proxy.rsplit_once('@').map_or(proxy, |(_, host)| host);
+    let shown = shown(proxy);
     let uri: Uri = whole
         .parse()
         .with_context(|| format!("the proxy {shown} of the cluster {name} is no URL"))?;

@@ -96,6 +96,8 @@ async fn a_cluster_behind_a_proxy_is_asked_through_it() {
     let kubeconfig = KUBECONFIG.replace("server: 'http://127.0.0.1:1'", &cluster);
     std::fs::write(folder.path().join("config"), kubeconfig).unwrap();
     let cluster = Cluster::connect(&arguments).await.unwrap();
+    let at = listener.local_addr().unwrap();
+    assert_eq!(cluster.name, format!("one behind the proxy {at}"));
     let pods: Api<k8s_openapi::api::core::v1::Pod> = cluster.api(&Scope::All);
     let mut found = 0;
     let asking = cluster.list(&pods, "listing pods", |_| found += 1);
