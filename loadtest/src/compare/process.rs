@@ -3,9 +3,11 @@
 //! Invariant: a child dies with its handle, and its output is in a file that an error names.
 
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Output, Stdio};
+use std::sync::atomic::AtomicU16;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -112,13 +114,32 @@ impl Process {
     }
 }
 
-/// A loopback address that was free a moment ago.
+/// Ports that are handed out: below those that the kernel gives to outgoing connections, since one
+/// of these could take a port between here and the moment at which a process listens on it.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+/// How many of them have been looked at.
+static LOOKED_AT: AtomicU16 = AtomicU16::new(0);
+
+/// A loopback address that is free, and that is handed out once.
 ///
 /// # Errors
 ///
-/// When none is.
+/// When none is left.
 pub(crate) fn free_address() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+    // Other harnesses on this machine begin elsewhere.
+    let offset =
+        u16::try_from(std::process::id() % u32::from(PORTS.end - PORTS.start)).unwrap_or(0);
+    loop {
+        let number = LOOKED_AT.fetch_add(1, Relaxed);
+        if usize::from(number) >= PORTS.len() {
+            bail!("no port is free from {} to {}", PORTS.start, PORTS.end);
+        }
+        let port = PORTS.start + (offset + number) % (PORTS.end - PORTS.start);
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address);
+        }
+    }
 }
 
 /// Runs a command to its end and returns what it printed.
