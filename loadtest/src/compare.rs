@@ -18,13 +18,13 @@ use self::launch::{EXTRA, Launcher, TARGETS};
 use self::peer::Peer;
 use self::plan::{IDLE, IDLE_SHORT, LOADS, Planned};
 use crate::cli::{Compare, Usage};
-use crate::engine::{self, Observer};
+use crate::engine::{self, Load, Observer};
 use crate::goals;
 use crate::progress::{self, Bar};
 use crate::results::{self, IdleFacts, LoadFacts, Results, Run};
 use crate::summary::{self, DIRECT};
 use crate::table;
-use crate::target::Target;
+use crate::target::{Call, Target};
 use crate::usage::{Cpu, of_process, resident_kib};
 
 mod certificates;
@@ -32,11 +32,11 @@ mod envoy;
 mod gate;
 mod haproxy;
 mod held;
-mod idle;
-mod launch;
+pub(crate) mod idle;
+pub(crate) mod launch;
 pub(crate) mod limit;
 mod nginx;
-mod peer;
+pub(crate) mod peer;
 pub(crate) mod plan;
 mod process;
 mod sidegate;
@@ -44,9 +44,9 @@ mod sidegate;
 /// Rules of the policy, of which the last admits the caller.
 const RULES: usize = 20;
 /// How long everything rests before idle memory is read.
-const SETTLE: Duration = Duration::from_secs(2);
+pub(crate) const SETTLE: Duration = Duration::from_secs(2);
 /// The folder of the report when none is named.
-const REPORT: &str = "report";
+pub(crate) const REPORT: &str = "report";
 
 /// Runs the comparison.
 ///
@@ -66,12 +66,13 @@ pub(crate) async fn compare(mut options: Compare) -> anyhow::Result<ExitCode> {
     let baseline = options.output.baseline()?;
     let mut tasks = JoinSet::new();
     let interrupt = progress::interrupt(&mut tasks)?;
-    let folder = Folder::new(options.work_dir.clone())?;
+    let folder = Folder::new(options.programs.work_dir.clone())?;
     let backend = BackendProcess::start()?;
     let mut notes = Vec::new();
     let starting = async {
         let at = (folder.path.clone(), backend.address);
-        let launcher = Launcher::new(&options, &mut plan.targets, at, &mut notes).await?;
+        let programs = (&options.programs, !options.targets.is_empty());
+        let launcher = Launcher::new(programs, &mut plan.targets, at, &mut notes).await?;
         let peers = start(&plan, &launcher, &mut notes).await?;
         anyhow::Ok((launcher, peers))
     };
@@ -112,7 +113,7 @@ pub(crate) async fn compare(mut options: Compare) -> anyhow::Result<ExitCode> {
     })
 }
 
-async fn told(mut interrupt: watch::Receiver<bool>) {
+pub(crate) async fn told(mut interrupt: watch::Receiver<bool>) {
     interrupt.wait_for(|told| *told).await.ok();
 }
 
@@ -181,7 +182,11 @@ impl Plan {
 }
 
 /// The names that were given, all when none was.
-fn chosen<'a>(given: &[String], names: &[&'a str], kind: &str) -> anyhow::Result<Vec<&'a str>> {
+pub(crate) fn chosen<'a>(
+    given: &[String],
+    names: &[&'a str],
+    kind: &str,
+) -> anyhow::Result<Vec<&'a str>> {
     let known = |name: &String| name == "list" || names.contains(&name.as_str());
     if let Some(unknown) = given.iter().find(|name| !known(name)) {
         bail!(
@@ -270,7 +275,13 @@ async fn measure(
                     "{}: {} ({repetition} of {})",
                     load.name, peer.name, plan.repetitions
                 );
-                let run = one((plan, load, repetition), peer, &what, &mut interrupt).await;
+                let work = Work {
+                    name: load.name,
+                    call: load.call(peer)?,
+                    amount: load.load(plan.duration, plan.warmup),
+                    repetition,
+                };
+                let run = put(work, peer, &what, &mut interrupt).await;
                 if *interrupt.borrow() {
                     // The run that was cut short would be compared with whole ones.
                     return Ok(runs);
@@ -282,15 +293,27 @@ async fn measure(
     Ok(runs)
 }
 
-async fn one(
-    (plan, load, repetition): (&Plan, &Planned, u32),
+/// One load for one target.
+pub(crate) struct Work<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) call: Call,
+    pub(crate) amount: Load,
+    pub(crate) repetition: u32,
+}
+
+/// Puts a load on `peer` and measures it and its proxies; `what` is on the progress bar.
+///
+/// # Errors
+///
+/// When the target cannot be reached, or nothing answers.
+pub(crate) async fn put(
+    work: Work<'_>,
     peer: &Peer,
     what: &str,
     interrupt: &mut watch::Receiver<bool>,
 ) -> anyhow::Result<Run> {
-    let call = load.call(peer)?;
-    let amount = load.load(plan.duration, plan.warmup);
-    let target = Target::prepare(&call).await?;
+    let amount = work.amount;
+    let target = Target::prepare(&work.call).await?;
     // Calls on new connections go to the called side's proxy alone.
     let first = if amount.new_connections {
         peer.hops.len().saturating_sub(1)
@@ -299,8 +322,8 @@ async fn one(
     };
     let mut watch = Watch::new(what, peer.hops.get(first..).unwrap_or_default());
     let outcome = engine::run(&target, amount, interrupt, &mut watch).await?;
-    let facts = LoadFacts::new(load.name, &call, &amount);
-    let mut run = Run::new(&peer.name, facts, repetition, &outcome);
+    let facts = LoadFacts::new(work.name, &work.call, &amount);
+    let mut run = Run::new(&peer.name, facts, work.repetition, &outcome);
     let used = watch
         .hops
         .iter()
@@ -367,13 +390,18 @@ impl Observer for Watch {
 }
 
 /// The backend, in a process of its own; it ends when its standard input does.
-struct BackendProcess {
-    address: SocketAddr,
+pub(crate) struct BackendProcess {
+    pub(crate) address: SocketAddr,
     child: Child,
 }
 
 impl BackendProcess {
-    fn start() -> anyhow::Result<Self> {
+    /// Starts it.
+    ///
+    /// # Errors
+    ///
+    /// When it does not say where it listens.
+    pub(crate) fn start() -> anyhow::Result<Self> {
         let mut child = std::process::Command::new(std::env::current_exe()?)
             .arg("backend")
             // It lives as long as we do: Ctrl-C is for us to understand.
@@ -398,13 +426,18 @@ impl Drop for BackendProcess {
 }
 
 /// Where configurations and logs go; removed afterwards unless it was named.
-struct Folder {
-    path: PathBuf,
+pub(crate) struct Folder {
+    pub(crate) path: PathBuf,
     kept: bool,
 }
 
 impl Folder {
-    fn new(named: Option<PathBuf>) -> anyhow::Result<Self> {
+    /// The folder that was named, else one of our own.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made.
+    pub(crate) fn new(named: Option<PathBuf>) -> anyhow::Result<Self> {
         let kept = named.is_some();
         let own = || std::env::temp_dir().join(format!("sidegate-loadtest-{}", std::process::id()));
         let path = named.unwrap_or_else(own);

@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Cli, Command, Usage};
 
@@ -29,6 +30,7 @@ mod report;
 mod results;
 mod schedule;
 mod summary;
+mod sweep;
 mod table;
 mod target;
 mod tls;
@@ -37,6 +39,7 @@ mod verdict;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    raise_files_max();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build_local(tokio::runtime::LocalOptions::default());
@@ -55,10 +58,20 @@ fn main() -> ExitCode {
     }
 }
 
+/// As many open files as this user may have: thousands of connections are more than the usual 1024.
+/// The proxies inherit it.
+fn raise_files_max() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where it cannot be raised, the connection that is one too many says so.
+    setrlimit(Resource::Nofile, limit).ok();
+}
+
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run(options) => cli::run(*options).await,
         Command::Compare(options) => compare::compare(*options).await,
+        Command::Sweep(options) => sweep::sweep(*options).await,
         Command::Backend(options) => backend::serve(options).await,
     }
 }

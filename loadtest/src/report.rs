@@ -11,7 +11,7 @@ use anyhow::Context;
 
 use crate::results::{Results, Run};
 use crate::summary::{self, Cell, Spread};
-use crate::{table, verdict};
+use crate::{sweep, table, verdict};
 
 mod svg;
 
@@ -51,8 +51,69 @@ fn save(folder: &Path, name: &str, text: &str) -> anyhow::Result<()> {
 /// File name, then title and picture.
 type Pictures = BTreeMap<String, (String, String)>;
 
+/// What grows with what, for each series of a sweep.
+fn sweep_pictures(results: &Results, pictures: &mut Pictures) {
+    let mut series: Vec<&str> = results.points.iter().map(|p| p.series.as_str()).collect();
+    series.dedup();
+    for name in series {
+        let (mut latency, mut cpu) = (Vec::new(), Vec::new());
+        let mut targets: Vec<&str> = results.points.iter().map(|p| p.target.as_str()).collect();
+        targets.sort_unstable();
+        targets.dedup();
+        for target in targets {
+            let points = results.points.iter();
+            let points = points.filter(|point| point.series == name && point.target == target);
+            let mut runs: Vec<(f64, &Run)> = points
+                .filter_map(|point| Some((point.x, sweep::run_of(&results.runs, point)?)))
+                .filter(|(x, _)| name != sweep::LOAD || *x > 0.0)
+                .collect();
+            runs.sort_by(|left, right| left.0.total_cmp(&right.0));
+            // Latency over what was answered: beyond the knee it turns back, or straight up.
+            let at = |x: f64, run: &Run| {
+                if name == sweep::LOAD {
+                    run.throughput
+                } else {
+                    x
+                }
+            };
+            let line = |of: fn(&Run) -> Option<f64>| -> Vec<(f64, f64)> {
+                let points = runs.iter();
+                points
+                    .filter_map(|(x, run)| Some((at(*x, run), of(run)?)))
+                    .collect()
+            };
+            latency.push((
+                format!("{target} p50"),
+                line(|run| Some(run.latency_us.p50)),
+            ));
+            latency.push((
+                format!("{target} p99"),
+                line(|run| Some(run.latency_us.p99)),
+            ));
+            let used = line(summary::hop_cpu);
+            if !used.is_empty() {
+                cpu.push((target.to_owned(), used));
+            }
+        }
+        let unit = match name {
+            sweep::LOAD => "calls/s",
+            "payload" => "B",
+            _ => "",
+        };
+        let title = format!("Latency, p50 and p99, by {name}");
+        let picture = svg::lines(&latency, unit);
+        pictures.insert(format!("0-sweep-{name}"), (title, picture));
+        if !cpu.is_empty() {
+            let title = format!("CPU per request and hop, by {name}");
+            let picture = svg::lines(&cpu, unit);
+            pictures.insert(format!("0-sweep-{name}-cpu"), (title, picture));
+        }
+    }
+}
+
 fn pictures(results: &Results) -> Pictures {
     let mut pictures = Pictures::new();
+    sweep_pictures(results, &mut pictures);
     let cells = summary::cells(&results.runs);
     let mut loads: Vec<&str> = cells.iter().map(|cell| cell.load).collect();
     loads.dedup();
@@ -160,6 +221,13 @@ fn page(results: &Results, pictures: &Pictures) -> String {
         sections
             .push("<h2>Targets: Sidegate over Envoy's best mode in the same run</h2>".to_owned());
         sections.push(html(&table::goal_rows(&results.goals)));
+    }
+    if !results.knees.is_empty() {
+        let knees = results.knees.iter().map(sweep::knee);
+        let knees: Vec<String> = knees
+            .map(|words| format!("<li>{}</li>", escape(&words)))
+            .collect();
+        sections.push(format!("<h2>The knee</h2><ul>{}</ul>", knees.concat()));
     }
     if !results.ratios.is_empty() {
         sections.push("<h2>Against the peer's best mode</h2>".to_owned());

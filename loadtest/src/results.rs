@@ -13,6 +13,7 @@ use crate::goals::Goal;
 use crate::machine::Machine;
 use crate::recorder::Counts;
 use crate::summary::Against;
+use crate::sweep::{Knee, Point};
 use crate::target::Call;
 use crate::usage::Cpu;
 use crate::verdict;
@@ -24,7 +25,7 @@ pub(crate) const SCHEMA: &str = "sidegate-loadtest/1";
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Results {
     pub(crate) schema: String,
-    /// `run` or `compare`.
+    /// `run`, `compare` or `sweep`.
     pub(crate) kind: String,
     /// RFC 3339, UTC.
     pub(crate) created: String,
@@ -42,6 +43,12 @@ pub(crate) struct Results {
     /// What is to be reached, and whether it was; empty for `run`.
     #[serde(default)]
     pub(crate) goals: Vec<Goal>,
+    /// The points of a sweep.
+    #[serde(default)]
+    pub(crate) points: Vec<Point>,
+    /// Where each target's latency bends upwards.
+    #[serde(default)]
+    pub(crate) knees: Vec<Knee>,
     /// What the peers were configured with: name, text.
     pub(crate) configurations: BTreeMap<String, String>,
     /// What a reader must know before the figures.
@@ -405,6 +412,8 @@ impl Results {
             ratios: Vec::new(),
             idle_connections: Vec::new(),
             goals: Vec::new(),
+            points: Vec::new(),
+            knees: Vec::new(),
             configurations: BTreeMap::new(),
             notes: Vec::new(),
         }

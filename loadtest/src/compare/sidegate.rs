@@ -1,6 +1,6 @@
 //! Sidegate as a target: a CA and two sidecars, from the real binaries.
 //!
-//! Default deny with twenty rules of which the last admits the caller; access log on, into a
+//! Default deny with twenty rules (or as many as a sweep asks for) of which the last admits the caller; access log on, into a
 //! file; everything else as it is by default.
 
 use std::fs;
@@ -14,7 +14,6 @@ use anyhow::{Context, ensure};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::process::Command;
 
-use super::RULES;
 use super::peer::{Inbound, Peer};
 use super::process::{Process, free_address, output};
 use crate::children::Group;
@@ -70,7 +69,7 @@ async fn build() -> anyhow::Result<PathBuf> {
     Ok(workspace.join(target).join("dist"))
 }
 
-/// Starts CA and sidecars in front of `backend`.
+/// Starts CA and sidecars in front of `backend`, with a policy of so many rules.
 ///
 /// # Errors
 ///
@@ -79,6 +78,7 @@ pub(crate) async fn start(
     binaries: &Path,
     folder: &Path,
     backend: SocketAddr,
+    rules: usize,
 ) -> anyhow::Result<Peer> {
     fs::create_dir_all(folder.join("resources"))?;
     let ca_address = free_address()?;
@@ -105,7 +105,7 @@ pub(crate) async fn start(
             "called.yaml",
             behind.config("called", ca_address, Some(backend)),
         ),
-        ("resources/called.yaml", resources(behind.inbound)),
+        ("resources/called.yaml", resources(behind.inbound, rules)),
     ];
     for (name, text) in texts {
         fs::write(folder.join(name), &text)?;
@@ -243,7 +243,7 @@ fn ca_config(address: SocketAddr, metrics: SocketAddr) -> String {
     )
 }
 
-fn resources(inbound: SocketAddr) -> String {
+fn resources(inbound: SocketAddr, rules: usize) -> String {
     let rule = |number: usize| {
         format!(
             "    - name: other-{number}
@@ -252,7 +252,7 @@ fn resources(inbound: SocketAddr) -> String {
 "
         )
     };
-    let others: String = (1..RULES).map(rule).collect();
+    let others: String = (1..rules).map(rule).collect();
     format!(
         "apiVersion: sidegate.dev/v1alpha1
 kind: StaticService

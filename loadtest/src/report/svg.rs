@@ -67,6 +67,45 @@ pub(super) fn percentiles(curves: &[Curve]) -> String {
     whole(HEIGHT, &parts)
 }
 
+/// A name, and points of x and microseconds.
+pub(super) type Line = (String, Vec<(f64, f64)>);
+
+/// Microseconds, on a logarithmic axis, over a linear one from 0 whose values are of `unit`.
+pub(super) fn lines(lines: &[Line], unit: &str) -> String {
+    let points = || lines.iter().flat_map(|(_, points)| points.iter());
+    let scale = Scale::over(points().map(|point| point.1));
+    let most = points().map(|point| point.0).fold(1e-9, f64::max);
+    let x = |value: f64| LEFT + value / most * (WIDTH - LEFT - RIGHT);
+    let mut parts = scale.grid();
+    for part in 0..=4 {
+        let value = f64::from(part) / 4.0 * most;
+        let label = format!("{value:.0} {unit}");
+        parts.push(line("g", (x(value), TOP), (x(value), HEIGHT - BOTTOM)));
+        parts.push(text((x(value), HEIGHT - BOTTOM + 18.0), "middle", &label));
+    }
+    for (number, (name, points)) in lines.iter().enumerate() {
+        let class = class(number, name);
+        let dash = dash(name);
+        let at = points
+            .iter()
+            .map(|(at, value)| format!("{:.1},{:.1}", x(*at), scale.y(*value)));
+        let at: Vec<String> = at.collect();
+        parts.push(format!(
+            "<polyline class=\"c k{class}\"{dash} points=\"{}\"/>",
+            at.join(" ")
+        ));
+        parts.extend(points.iter().map(|(at, value)| {
+            format!(
+                "<circle class=\"k{class}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\"/>",
+                x(*at),
+                scale.y(*value)
+            )
+        }));
+        parts.push(legend(number, name));
+    }
+    whole(HEIGHT, &parts)
+}
+
 /// Share of the calls that are slower, and the latency.
 #[expect(clippy::cast_precision_loss, reason = "counts stay below 2^53")]
 fn curve(buckets: &[(f64, u64)]) -> Vec<(f64, f64)> {
@@ -102,6 +141,15 @@ fn class(number: usize, name: &str) -> usize {
         Some("envoy-h1") => 2,
         Some("envoy-h2") => 3,
         _ => number % 6,
+    }
+}
+
+/// The p99 of a target has its colour, and is dashed.
+fn dash(name: &str) -> &'static str {
+    if name.ends_with("p99") {
+        " stroke-dasharray=\"5 4\""
+    } else {
+        ""
     }
 }
 
@@ -221,8 +269,9 @@ fn legend(number: usize, name: &str) -> String {
     let y = TOP + 12.0 + number as f64 * 20.0;
     let x = WIDTH - RIGHT + 12.0;
     let stroke = format!(
-        "<line class=\"k{}\" x1=\"{x}\" y1=\"{y}\" x2=\"{}\" y2=\"{y}\" stroke-width=\"3\"/>",
+        "<line class=\"k{}\"{} x1=\"{x}\" y1=\"{y}\" x2=\"{}\" y2=\"{y}\" stroke-width=\"3\"/>",
         class(number, name),
+        dash(name),
         x + 16.0
     );
     stroke + &text((x + 22.0, y + 4.0), "start", name)
