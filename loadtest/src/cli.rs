@@ -56,6 +56,11 @@ pub(crate) enum Command {
         after_help = "Example: sidegate-loadtest sweep --bin-dir target/dist --series load,rules"
     )]
     Sweep(Box<Sweep>),
+    /// Put runs that were made elsewhere together: one report, and what was added over `direct`.
+    #[command(
+        after_help = "Example: sidegate-loadtest report --run direct=a.json --run sidegate=b.json --report report"
+    )]
+    Report(Report),
     /// The server that `compare` calls.
     #[command(hide = true)]
     Backend(Backend),
@@ -238,6 +243,16 @@ pub(crate) struct Compare {
     pub(crate) output: Output,
 }
 
+/// What `report` takes.
+#[derive(Args, Debug)]
+pub(crate) struct Report {
+    /// The results.json of a `run`, and the target to name it by; one name again is a repetition.
+    #[arg(long = "run", required = true, value_name = "TARGET=FILE", value_parser = named_file)]
+    pub(crate) runs: Vec<(String, PathBuf)>,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
 /// What `backend` takes.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct Backend {
@@ -256,6 +271,14 @@ fn header(text: &str) -> anyhow::Result<(HeaderName, HeaderValue)> {
         .split_once(':')
         .ok_or_else(|| anyhow!("not `name: value`"))?;
     Ok((name.trim().parse()?, value.trim().parse()?))
+}
+
+fn named_file(text: &str) -> anyhow::Result<(String, PathBuf)> {
+    let (name, file) = text
+        .split_once('=')
+        .ok_or_else(|| anyhow!("not TARGET=FILE"))?;
+    anyhow::ensure!(!name.is_empty() && !file.is_empty(), "not TARGET=FILE");
+    Ok((name.to_owned(), file.into()))
 }
 
 fn proxy(text: &str) -> anyhow::Result<Authority> {

@@ -23,6 +23,7 @@ mod goals;
 mod http1;
 mod http2;
 mod machine;
+mod merge;
 mod progress;
 mod recorder;
 mod reflection;
@@ -72,6 +73,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(options) => cli::run(*options).await,
         Command::Compare(options) => compare::compare(*options).await,
         Command::Sweep(options) => sweep::sweep(*options).await,
+        Command::Report(options) => merge::report(&options),
         Command::Backend(options) => backend::serve(options).await,
     }
 }

@@ -264,13 +264,11 @@ pub(crate) fn cell_rows(runs: &[Run]) -> Vec<Vec<String>> {
                     spread.median, spread.low, spread.high
                 )
             });
-        let proxied =
-            cell.target != summary::DIRECT && !cell.runs.iter().all(|run| run.processes.is_empty());
         let added = |of: fn(&Run) -> f64| {
-            if proxied {
-                range(summary::added(cell, &cells, of))
-            } else {
+            if cell.target == summary::DIRECT {
                 String::new()
+            } else {
+                range(summary::added(cell, &cells, of))
             }
         };
         rows.push(vec![

@@ -17,6 +17,7 @@
 )]
 
 use std::io::Read;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -589,5 +590,70 @@ fn regression_against_a_baseline_exits_with_one() {
     assert!(
         String::from_utf8_lossy(&other.stderr).contains("another load"),
         "{other:?}"
+    );
+}
+
+/// `--run TARGET=FILE` of a run of half a second on a server that answers after `delay_ms`.
+fn run_apart(folder: &Path, number: usize, target: &str, delay_ms: u64, rate: u32) -> [String; 2] {
+    let server = Server::start(Behaviour {
+        delays: vec![Duration::from_millis(delay_ms)],
+        ..Behaviour::default()
+    });
+    let output = run(&format!(
+        "--url {} --rate {rate} --connections 50 --duration 500ms --warmup 0s --output json",
+        server.url()
+    ));
+    let file = folder.join(format!("{number}.json"));
+    std::fs::write(&file, output.stdout).unwrap();
+    ["--run".to_owned(), format!("{target}={}", file.display())]
+}
+
+#[test]
+fn runs_made_apart_are_put_together_with_what_was_added() {
+    let folder = tempfile::tempdir().unwrap();
+    let order = ["direct", "sidegate", "direct", "sidegate"];
+    let mut arguments: Vec<String> = Vec::new();
+    for (number, target) in order.iter().enumerate() {
+        let delay_ms = if *target == "direct" { 100 } else { 300 };
+        arguments.extend(run_apart(folder.path(), number, target, delay_ms, 50));
+    }
+    let report = |arguments: &[String]| {
+        let report = folder.path().join("report").display().to_string();
+        command(&format!("report {}", arguments.join(" ")))
+            .args(["--output", "json", "--report", &report])
+            .output()
+            .unwrap()
+    };
+    let same = report(&arguments);
+    assert!(same.status.success(), "{same:?}");
+    assert!(folder.path().join("report/index.html").is_file());
+    let results: Value = serde_json::from_slice(&same.stdout).unwrap();
+    let named = |run: &Value| (run["target"].clone(), run["repetition"].clone());
+    let named: Vec<_> = results["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(named)
+        .collect();
+    let expected = order.iter().zip([1, 1, 2, 2]);
+    let expected: Vec<_> = expected
+        .map(|(target, number)| (Value::from(*target), Value::from(number)))
+        .collect();
+    assert_eq!(named, expected);
+    let mut metrics = results["metrics"].as_array().unwrap().iter();
+    let added = metrics.find(|metric| metric["name"].to_string().contains("added p50"));
+    for sample in added.unwrap()["samples"].as_array().unwrap() {
+        // 200 ms between the servers; the rest is what a busy machine adds to either.
+        let sample = sample.as_f64().unwrap();
+        assert!((50_000.0..350_000.0).contains(&sample), "{sample}");
+    }
+
+    arguments.extend(run_apart(folder.path(), order.len(), "direct", 100, 60));
+    let other = report(&arguments);
+    assert_eq!(other.status.code(), Some(2));
+    let told = String::from_utf8_lossy(&other.stderr);
+    assert!(
+        told.contains("is of another load (http1 GET, 60 calls/s"),
+        "{told}"
     );
 }
