@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use h2::client::ResponseFuture;
 use h2::{Reason, RecvStream, SendStream};
 use http::{Method, Request, Response, StatusCode};
@@ -333,8 +334,8 @@ struct Sending<'a> {
 }
 
 impl Sending<'_> {
-    /// Sends the body from now on, in a task of its own: it goes on behind the answer's head, and
-    /// ends when the call is given up.
+    /// Sends the body from now on, what is not here yet in a task of its own: it goes on behind the
+    /// answer's head, and ends when the call is given up.
     fn begin(&mut self) {
         let Some(body) = &self.call.body else { return };
         let (Some(stream), Some(reader)) = (self.stream.take(), body.reader()) else {
@@ -353,8 +354,13 @@ impl Sending<'_> {
             call: Arc::clone(self.call),
             _slot: Arc::clone(&self.slot),
         };
-        let tasks = self.pool.shared.drain.tasks();
-        tasks.spawn(pump.run(token));
+        let mut pump = Box::pin(pump.run(token));
+        // What is here of the body leaves with the head, in one write; often that is all of it.
+        if pump.as_mut().now_or_never().is_some() {
+            self.cancel = None;
+            return;
+        }
+        self.pool.shared.drain.tasks().spawn(pump);
     }
 
     fn interim(&mut self, response: Response<()>) {
