@@ -46,7 +46,8 @@ pub struct Outcome {
 pub struct PairMetrics {
     pair: PairLabels,
     protocol: Protocol,
-    counters: RwLock<HashMap<OutcomeLabels, Counter>>,
+    /// A few, so that looking through them is quicker than hashing.
+    counters: RwLock<Vec<(OutcomeLabels, Counter)>>,
     duration: Arc<Histogram>,
     shared: Arc<Shared>,
     used_in: AtomicU32,
@@ -65,16 +66,16 @@ impl PairMetrics {
 
     fn counter(&self, labels: OutcomeLabels) -> Counter {
         let known = self.counters.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(counter) = known.get(&labels) {
-            return counter.clone();
+        if let Some(counter) = counter_of(&known, labels) {
+            return counter;
         }
         drop(known);
         let mut known = self
             .counters
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(counter) = known.get(&labels) {
-            return counter.clone();
+        if let Some(counter) = counter_of(&known, labels) {
+            return counter;
         }
         let counted_as = if self.pair.is_other() || self.shared.reserve(1) {
             self.pair.clone()
@@ -85,9 +86,14 @@ impl PairMetrics {
             .shared
             .requests
             .get_or_create_owned(&RequestLabels::new(counted_as, self.protocol, labels));
-        known.insert(labels, counter.clone());
+        known.push((labels, counter.clone()));
         counter
     }
+}
+
+fn counter_of(known: &[(OutcomeLabels, Counter)], labels: OutcomeLabels) -> Option<Counter> {
+    let found = known.iter().find(|(counted, _)| *counted == labels);
+    found.map(|(_, counter)| counter.clone())
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -111,7 +117,7 @@ impl PairLabels {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct OutcomeLabels {
     status_class: &'static str,
     grpc_status: Option<u32>,
@@ -312,7 +318,7 @@ impl Pairs {
             .counters
             .read()
             .unwrap_or_else(PoisonError::into_inner);
-        for outcome in counters.keys() {
+        for (outcome, _) in counters.iter() {
             let labels = RequestLabels::new(metrics.pair.clone(), metrics.protocol, *outcome);
             freed += usize::from(self.shared.requests.remove(&labels));
         }
