@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -47,10 +48,8 @@ where
 {
     let clock = Arc::clone(serving.clock);
     let (io, handle) = ServerGuard::new(io, serving.limits, clock);
-    let service = service_fn(|request| {
-        let answered = answer(request, handle.clone());
-        async move { Ok::<_, Infallible>(answered.await) }
-    });
+    // Not awaited in a block of its own, which would move what is large once more.
+    let service = service_fn(|request| answer(request, handle.clone()).map(Ok::<_, Infallible>));
     let served = server(serving.idle, &serving.limits)
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();

@@ -43,7 +43,8 @@ impl Exchange<'_> {
         call: &mut Call,
     ) -> Result<(), RequestError> {
         if self.head.kind == Kind::WebSocket {
-            return self.upgrade(recv, reply, call).await;
+            // Rare and large: apart, so that it takes no room in every call.
+            return Box::pin(self.upgrade(recv, reply, call)).await;
         }
         let (body, progress) = self.request_body(recv, call);
         // A caller that stands still before there is any answer holds the application's attention.

@@ -28,8 +28,7 @@ impl Outbound {
             let (this, connection) = (Arc::clone(self), Arc::clone(&connection));
             move |request, handle| {
                 let (this, connection) = (Arc::clone(&this), Arc::clone(&connection));
-                // Boxed, since hyper moves it, and it is large.
-                Box::pin(async move { this.answer(request, &handle, &connection).await })
+                async move { this.answer(request, &handle, &connection).await }
             }
         };
         let serving = Serving {
