@@ -62,10 +62,10 @@ impl Authority {
     ///
     /// [`AuthorityError`] when it could mean two things to two servers.
     pub fn parse(text: &str) -> Result<Self, AuthorityError> {
-        if text.contains('@') {
+        if text.as_bytes().contains(&b'@') {
             return Err(AuthorityError::UserInfo);
         }
-        if text.contains(',') {
+        if text.as_bytes().contains(&b',') {
             return Err(AuthorityError::List);
         }
         let (host, port) = split_port(text)?;
@@ -165,7 +165,7 @@ pub(crate) fn is_dns_label(text: &str) -> bool {
 }
 
 fn split_port(text: &str) -> Result<(&str, Option<&str>), AuthorityError> {
-    let after_address = match text.find(']') {
+    let after_address = match text.bytes().position(|byte| byte == b']') {
         Some(end) => end + 1,
         None => 0,
     };

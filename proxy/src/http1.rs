@@ -98,6 +98,11 @@ pub(crate) fn is_method(method: &http::Method) -> bool {
     )
 }
 
+/// Whether a byte may stand in a field's name.
+pub(crate) fn is_token(byte: u8) -> bool {
+    syntax::is_token(byte)
+}
+
 /// Header fields of the internal request.
 const INTERNAL_HEADERS: usize = 2;
 
