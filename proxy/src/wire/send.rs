@@ -2,7 +2,8 @@
 //!
 //! Invariant: `END_STREAM` is sent only after the body ended cleanly; whatever cuts a body off
 //! resets the stream. A frame is taken from the body only when the one before it has left, so a slow
-//! reader slows its writer and nothing piles up.
+//! reader slows its writer and nothing piles up. The first one, when it is small, does not wait for
+//! its window, which a new stream has only once its head was sent: head and body are one write.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -14,6 +15,9 @@ use http::HeaderMap;
 use http_body::{Body, Frame};
 
 use crate::body::BodyError;
+
+/// Most bytes of a body that are sent with its head.
+const WITH_HEAD_BYTES_MAX: usize = 16 * 1024;
 
 /// Why a body was not sent to its end.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +53,7 @@ pub async fn send_body<B>(body: &mut B, stream: &mut SendStream<Bytes>) -> Resul
 where
     B: Body<Data = Bytes, Error = BodyError> + Unpin,
 {
+    let mut first = true;
     loop {
         let next = poll_fn(|cx| poll_next(body, stream, cx)).await?;
         let Some(frame) = next else {
@@ -62,7 +67,11 @@ where
             }
             Piece::Data(data) => {
                 let last = body.is_end_stream();
-                send_data(stream, data, last).await?;
+                if std::mem::take(&mut first) && data.len() <= WITH_HEAD_BYTES_MAX {
+                    stream.send_data(data, last)?;
+                } else {
+                    send_data(stream, data, last).await?;
+                }
                 if last {
                     return Ok(());
                 }
