@@ -173,12 +173,13 @@ pub fn sanitize_trailers(trailers: &mut HeaderMap, sender: Sender) {
 /// [`RequestError::BadRequest`] when one is not.
 pub fn check_h1(headers: &HeaderMap) -> Result<(), RequestError> {
     // Without an early end, so that many bytes are looked at in one step.
-    let control = |any, byte: &u8| any | (*byte < b' ' && *byte != b'\t') | (*byte == 127);
+    let control = |byte: u8| byte != b'\t' && byte.is_ascii_control();
     for (name, value) in headers {
         if !name.as_str().bytes().all(http1::is_token) {
             return Err(bad("header_name"));
         }
-        if value.as_bytes().iter().fold(false, control) {
+        let bytes = value.as_bytes().iter();
+        if bytes.fold(0, |found, byte| found | u8::from(control(*byte))) != 0 {
             return Err(bad("header_value"));
         }
     }
