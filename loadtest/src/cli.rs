@@ -160,6 +160,8 @@ enum Format {
     Table,
     /// The schema of results.json.
     Json,
+    /// The same as YAML.
+    Yaml,
 }
 
 /// Where the programs that are measured come from.
@@ -450,6 +452,7 @@ impl Output {
                 serde_json::to_writer(&mut out, results)?;
                 out.write_all(b"\n")?;
             }
+            Format::Yaml => out.write_all(serde_saphyr::to_string(results)?.as_bytes())?,
         }
         if let Some(folder) = &self.report {
             report::write(folder, results)?;
@@ -466,7 +469,7 @@ impl Output {
         let text = table::changes(&changes, doubtful);
         match self.format {
             Format::Table => writeln!(out, "\n{text}")?,
-            Format::Json => writeln!(io::stderr(), "{text}")?,
+            Format::Json | Format::Yaml => writeln!(io::stderr(), "{text}")?,
         }
         Ok(!changes.iter().any(|change| change.regressed))
     }

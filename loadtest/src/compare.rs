@@ -20,6 +20,7 @@ use self::plan::{IDLE, IDLE_SHORT, LOADS, Planned};
 use crate::cli::{Compare, Usage};
 use crate::engine::{self, Load, Observer};
 use crate::goals;
+use crate::plain;
 use crate::progress::{self, Bar};
 use crate::results::{self, IdleFacts, LoadFacts, Results, Run};
 use crate::summary::{self, DIRECT};
@@ -470,6 +471,8 @@ fn workspace() -> anyhow::Result<PathBuf> {
 
 fn text(results: &Results) -> String {
     let mut parts = results.notes.clone();
+    parts.push(String::new());
+    parts.extend(plain::words(results));
     parts.push(String::new());
     parts.push(table::text(&table::cell_rows(&results.runs)));
     if !results.ratios.is_empty() {

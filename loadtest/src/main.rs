@@ -24,6 +24,7 @@ mod http1;
 mod http2;
 mod machine;
 mod merge;
+mod plain;
 mod progress;
 mod recorder;
 mod reflection;

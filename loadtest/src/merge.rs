@@ -11,7 +11,7 @@ use anyhow::ensure;
 use crate::baseline;
 use crate::cli::{Report, Usage};
 use crate::results::{LoadFacts, Results, Run};
-use crate::{summary, table};
+use crate::{plain, summary, table};
 
 /// Reads the runs and writes the report.
 ///
@@ -99,6 +99,8 @@ fn name(load: &LoadFacts) -> String {
 
 fn text(results: &Results) -> String {
     let mut parts = results.notes.clone();
+    parts.push(String::new());
+    parts.extend(plain::words(results));
     parts.push(String::new());
     parts.push(table::text(&table::cell_rows(&results.runs)));
     if results.runs.iter().any(|run| !run.verdict.conclusive) {

@@ -9,9 +9,10 @@ use std::path::Path;
 
 use anyhow::Context;
 
+use crate::compare::plan::{C16, C64, C256};
 use crate::results::{Results, Run};
 use crate::summary::{self, Cell, Spread};
-use crate::{sweep, table, verdict};
+use crate::{plain, sweep, table, verdict};
 
 mod svg;
 
@@ -50,6 +51,36 @@ fn save(folder: &Path, name: &str, text: &str) -> anyhow::Result<()> {
 
 /// File name, then title and picture.
 type Pictures = BTreeMap<String, (String, String)>;
+
+/// Latency against throughput: the closed loops of a comparison that differ in nothing but their
+/// connections, for each target.
+fn throughput_picture(results: &Results, pictures: &mut Pictures) {
+    let same =
+        |run: &&Run| [C16, C64, C256].contains(&run.load.name.as_str()) && run.counts.answered > 0;
+    let cells = summary::cells(&results.runs);
+    let mut lines: Vec<svg::Line> = Vec::new();
+    for cell in &cells {
+        let runs = || cell.runs.iter().copied().filter(same);
+        let (Some(at), Some(latency)) = (
+            Spread::of(runs().map(|run| run.throughput)),
+            Spread::of(runs().map(|run| run.latency_us.p50)),
+        ) else {
+            continue;
+        };
+        let point = (at.median, latency.median);
+        match lines.iter_mut().find(|(name, _)| name == cell.target) {
+            Some((_, points)) => points.push(point),
+            None => lines.push((cell.target.to_owned(), vec![point])),
+        }
+    }
+    if lines.iter().any(|(_, points)| points.len() > 1) {
+        let title = "Latency (p50) against throughput: 100 B at 16, 64 and 256 connections";
+        pictures.insert(
+            "0-throughput".to_owned(),
+            (title.to_owned(), svg::lines(&lines, "calls/s")),
+        );
+    }
+}
 
 /// What grows with what, for each series of a sweep.
 fn sweep_pictures(results: &Results, pictures: &mut Pictures) {
@@ -114,6 +145,7 @@ fn sweep_pictures(results: &Results, pictures: &mut Pictures) {
 fn pictures(results: &Results) -> Pictures {
     let mut pictures = Pictures::new();
     sweep_pictures(results, &mut pictures);
+    throughput_picture(results, &mut pictures);
     let cells = summary::cells(&results.runs);
     let mut loads: Vec<&str> = cells.iter().map(|cell| cell.load).collect();
     loads.dedup();
@@ -210,6 +242,9 @@ fn page(results: &Results, pictures: &Pictures) -> String {
         escape(&results.machine.architecture),
         escape(&results.machine.load_average),
     )];
+    if results.kind == "compare" {
+        sections.push(list(&plain::words(results)));
+    }
     sections.extend(
         results
             .notes
@@ -223,11 +258,9 @@ fn page(results: &Results, pictures: &Pictures) -> String {
         sections.push(html(&table::goal_rows(&results.goals)));
     }
     if !results.knees.is_empty() {
-        let knees = results.knees.iter().map(sweep::knee);
-        let knees: Vec<String> = knees
-            .map(|words| format!("<li>{}</li>", escape(&words)))
-            .collect();
-        sections.push(format!("<h2>The knee</h2><ul>{}</ul>", knees.concat()));
+        let knees: Vec<String> = results.knees.iter().map(sweep::knee).collect();
+        sections.push("<h2>The knee</h2>".to_owned());
+        sections.push(list(&knees));
     }
     if !results.ratios.is_empty() {
         sections.push("<h2>Against the peer's best mode</h2>".to_owned());
@@ -254,6 +287,17 @@ fn page(results: &Results, pictures: &Pictures) -> String {
         svg::STYLE,
         sections.concat()
     )
+}
+
+fn list(sentences: &[String]) -> String {
+    let items = sentences.iter();
+    let items: Vec<String> = items
+        .map(|words| format!("<li>{}</li>", escape(words)))
+        .collect();
+    if items.is_empty() {
+        return String::new();
+    }
+    format!("<ul>{}</ul>", items.concat())
 }
 
 fn doubts(runs: &[Run]) -> Vec<String> {

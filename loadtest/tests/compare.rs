@@ -85,8 +85,8 @@ fn report_holds_every_load_and_needs_nothing_else() {
     assert_eq!(written, results);
     let page = std::fs::read_to_string(report.join("index.html")).unwrap();
     assert!(
-        page.matches("<svg ").count() >= 24,
-        "a curve for each load, a picture for each run"
+        page.matches("<svg ").count() >= 25,
+        "a curve for each load, a picture for each run, latency against throughput"
     );
     for fetched in ["src=", "href=", "@import", "url(", "<script"] {
         assert!(!page.contains(fetched), "{fetched}");

@@ -609,6 +609,18 @@ fn run_apart(folder: &Path, number: usize, target: &str, delay_ms: u64, rate: u3
 }
 
 #[test]
+fn yaml_holds_what_json_does() {
+    let server = Server::start(Behaviour::default());
+    let arguments = "--rate 100 --connections 2 --duration 200ms --warmup 0s";
+    let output = run(&format!("--url {} {arguments} -o yaml", server.url()));
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let results: Value = serde_saphyr::from_str(&text).unwrap();
+    assert_eq!(results["schema"], "sidegate-loadtest/1");
+    check_counts(&results["runs"][0], &server);
+}
+
+#[test]
 fn runs_made_apart_are_put_together_with_what_was_added() {
     let folder = tempfile::tempdir().unwrap();
     let order = ["direct", "sidegate", "direct", "sidegate"];
