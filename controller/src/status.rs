@@ -193,9 +193,10 @@ fn accepted(report: &Report) -> Condition {
 }
 
 fn live(report: &Report, counts: &str) -> Condition {
-    let selects = match report.key.kind {
-        Kind::AuthorizationPolicy => "selects",
-        Kind::StaticService | Kind::TrafficPolicy => "concerns",
+    let nobody = match report.key.kind {
+        Kind::AuthorizationPolicy => "it selects no sidecar",
+        // A sidecar gets to know a service when its workload calls it.
+        Kind::StaticService | Kind::TrafficPolicy => "no sidecar has called this service yet",
     };
     let (is_true, reason, message) = if matches!(report.accepted, Accepted::No { .. }) {
         (
@@ -204,11 +205,7 @@ fn live(report: &Report, counts: &str) -> Condition {
             format!("{counts}: this generation is not accepted"),
         )
     } else if report.selected == 0 {
-        (
-            true,
-            "NoSidecars",
-            format!("{counts}: it {selects} no sidecar"),
-        )
+        (true, "NoSidecars", format!("{counts}: {nobody}"))
     } else if report.live == report.selected {
         (true, "Live", counts.to_owned())
     } else if let Some(refusal) = &report.refusal {

@@ -111,6 +111,29 @@ def no_pod_past_a_dead_injector(cluster):
     until("pods are injected again", lambda: _injected(cluster))
 
 
+@check
+def either_injector_may_go(cluster):
+    """of two injectors each is deleted in turn, and no pod that is made meanwhile is refused"""
+    setup(cluster)
+    injectors = lambda: cluster.pods(SYSTEM, "app.kubernetes.io/name=sidegate-injector")
+    before = cluster.get(f"/apis/apps/v1/namespaces/{SYSTEM}/deployments/sidegate-injector")["spec"]["replicas"]
+    scale(cluster, "deployment/sidegate-injector", 2)
+    try:
+        cluster.await_rollout(SYSTEM, "deployment/sidegate-injector")
+        made = 0
+        for old in [item["metadata"]["name"] for item in injectors()]:
+            cluster.kubectl("-n", SYSTEM, "delete", "pod", old, "--wait=false")
+            while cluster.find(f"/api/v1/namespaces/{SYSTEM}/pods/{old}"):
+                expect(is_meshed(cluster.dry_run(caller(cluster, NS, "dry"))), "a pod was made without a sidecar")
+                made += 1
+            cluster.await_rollout(SYSTEM, "deployment/sidegate-injector")
+        print(f"      {made} pods made meanwhile, none refused")
+        expect(made >= 10, made)
+    finally:
+        scale(cluster, "deployment/sidegate-injector", before)
+        cluster.await_rollout(SYSTEM, "deployment/sidegate-injector")
+
+
 def _injected(cluster):
     status, answer = cluster.request("POST", f"/api/v1/namespaces/{NS}/pods?dryRun=All", caller(cluster, NS, "dry"))
     return status == 201 and is_meshed(answer)

@@ -1,8 +1,10 @@
 """Calls of every kind between nodes, allowed and denied, and to every kind of destination."""
 
 import json
+import subprocess
+import time
 
-from harness import (ANY_HTTP, Skipped, caller, check, container, deployment, expect, pod, service, shop_container, until,
+from harness import (ANY_HTTP, SYSTEM, Skipped, caller, check, container, deployment, expect, pod, service, shop_container, until,
                      workload)
 
 NS = "e2e-traffic"
@@ -100,6 +102,45 @@ def tcp_server_first(cluster):
     told = cluster.call(NS, "stranger", "tcp", f"ledger.{NS}:6379", "BALANCE e2e")
     expect("said" not in told, told)
     cluster.record(NS, "app=ledger", decision="deny", source=workload("stranger", NS))
+
+
+LISTEN = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], 6379))
+while told := connection.recv(4096):
+    print(told.decode().strip(), flush=True)
+print("ended", flush=True)
+"""
+
+
+@check
+def revoked_loses_its_open_connection(cluster):
+    """an identity that is revoked loses the connection that it has open, within ten seconds, and gets no other"""
+    setup(cluster)
+    # Revoked identities stay revoked, so each run has one of its own.
+    name = f"leaver-{int(time.time())}"
+    tools = container(cluster.images.tools, ["-c", "trap exit TERM; while :; do sleep 1; done"], command=["sh"])
+    cluster.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": NS}},
+                  cluster.allow(NS, "leaver", "ledger", 6379, [name], TCP),
+                  pod(NS, name, tools, service_account=name))
+    cluster.live(NS, "leaver")
+    cluster.await_pods(NS, name)
+    open_connection = subprocess.Popen(
+        ["kubectl", "-n", NS, "exec", name, "-c", "app", "--", "python3", "-c", LISTEN, f"ledger.{NS}"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        expect(open_connection.stdout.readline().strip() == "220 ledger ready", "it was not open before")
+        cluster.exec(SYSTEM, "sidegate-ca-0", "ca", "/sidegate-ca", "revoke", workload(name, NS))
+        started = time.monotonic()
+        told = open_connection.communicate(timeout=60)[0]
+        took = time.monotonic() - started
+    finally:
+        open_connection.kill()
+    print(f"      ended {took:.1f} s after the end of the command")
+    expect(took < 10, took, told)
+    told = cluster.exec(NS, name, "app", "python3", "-c", LISTEN, f"ledger.{NS}", code=None)
+    expect("220" not in told[1], told)
+    cluster.record(NS, "app=ledger", decision="deny", error="tls_handshake", reason=f"revoked, claimed {workload(name, NS)}")
 
 
 @check
