@@ -10,10 +10,9 @@ use anyhow::Context;
 use clap::Parser;
 use sidegate_ca::{Ca, Config};
 use sidegate_mesh::clock::Clock;
-use sidegate_mesh::diagnostics::JsonLines;
+use sidegate_mesh::diagnostics;
 use sidegate_mtls::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command, Serve};
 
@@ -62,12 +61,8 @@ fn serve(options: &Serve) -> anyhow::Result<()> {
         return cli::write_out(&serde_saphyr::to_string(&config)?);
     }
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let filter = EnvFilter::try_from_env("SIDEGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .event_format(JsonLines::new(Arc::clone(&clock)))
-        .init();
+    let level = std::env::var("SIDEGATE_LOG").unwrap_or_else(|_| "info".to_owned());
+    diagnostics::install(&level, Arc::clone(&clock))?;
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()

@@ -23,7 +23,9 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use plugin::Called;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// A zero-trust sidecar mesh: identity, policy and a log of every call.
 #[derive(Parser)]
@@ -116,16 +118,21 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 fn install_diagnostics(verbose: u8) {
     let level = match verbose {
-        0 => tracing::Level::WARN,
-        1 => tracing::Level::INFO,
-        _ => tracing::Level::DEBUG,
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        _ => LevelFilter::DEBUG,
     };
-    // What fails on the way to a cluster is said once, as the command's own error.
-    let quiet = if verbose < 2 { ",kube_client=off" } else { "" };
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(format!("{level}{quiet}")))
+    let mut targets = Targets::new().with_default(level);
+    if verbose < 2 {
+        // What fails on the way to a cluster is said once, as the command's own error.
+        targets = targets.with_target("kube_client", LevelFilter::OFF);
+    }
+    let lines = tracing_subscriber::fmt::layer()
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
-        .with_writer(io::stderr)
+        .with_writer(io::stderr);
+    tracing_subscriber::registry()
+        .with(targets)
+        .with(lines)
         .init();
 }
 

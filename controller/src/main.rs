@@ -12,10 +12,9 @@ use anyhow::Context as _;
 use clap::Parser;
 use sidegate_controller::{Config, Controller, Surroundings};
 use sidegate_mesh::clock::Clock;
-use sidegate_mesh::diagnostics::JsonLines;
+use sidegate_mesh::diagnostics;
 use sidegate_mtls::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// Threads; the index is one lock, so more of them help little.
 const WORKERS: usize = 2;
@@ -73,12 +72,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let filter = EnvFilter::try_from_env("SIDEGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .event_format(JsonLines::new(Arc::clone(&clock)))
-        .init();
+    let level = std::env::var("SIDEGATE_LOG").unwrap_or_else(|_| "info".to_owned());
+    diagnostics::install(&level, Arc::clone(&clock))?;
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()

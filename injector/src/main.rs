@@ -11,10 +11,9 @@ use anyhow::Context;
 use clap::Parser;
 use sidegate_injector::{Config, Injector};
 use sidegate_mesh::clock::Clock;
-use sidegate_mesh::diagnostics::JsonLines;
+use sidegate_mesh::diagnostics;
 use sidegate_mtls::SystemClock;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;
@@ -64,13 +63,9 @@ fn run(cli: &Cli, config: Config) -> anyhow::Result<()> {
             .context("cannot print");
     }
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let filter = EnvFilter::try_from_env("SIDEGATE_LOG")
-        .unwrap_or_else(|_| EnvFilter::new(config.log_level.as_str()));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .event_format(JsonLines::new(Arc::clone(&clock)))
-        .init();
+    let level =
+        std::env::var("SIDEGATE_LOG").unwrap_or_else(|_| config.log_level.as_str().to_owned());
+    diagnostics::install(&level, Arc::clone(&clock))?;
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()

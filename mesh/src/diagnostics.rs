@@ -1,7 +1,8 @@
-//! Diagnostics as JSON lines, one event a line, as the programs of the control plane write them.
+//! Messages of a program about itself, as JSON lines.
 //!
-//! Invariant: every line is one JSON object with `"kind":"diagnostic"`; a serializer writes it, so
-//! nothing in a field can end the line or forge a member.
+//! Invariants: each line is one JSON object with `"kind":"diagnostic"`, so that one stream can carry
+//! it beside the access log; a serializer writes it, so nothing in a field ends the line or forges a
+//! member; only a program installs this, never a library, because it is global.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,22 +10,89 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
-use tracing_subscriber::fmt::FmtContext;
-use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::access_log::timestamp;
 use crate::clock::Clock;
 
-/// Writes an event as one line of JSON.
-pub struct JsonLines {
-    clock: Arc<dyn Clock>,
+/// Why diagnostics are not what was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum DiagnosticsError {
+    /// The level is neither a word nor a filter.
+    #[error("`{level}` is not a level of diagnostics")]
+    Level {
+        /// What was given.
+        level: String,
+        /// What is wrong with it.
+        source: tracing_subscriber::filter::ParseError,
+    },
+    /// Something else was installed before.
+    #[error("diagnostics are installed already")]
+    Installed(#[source] tracing::subscriber::SetGlobalDefaultError),
 }
 
-impl JsonLines {
-    /// Dates each line with what `clock` says.
-    pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Self { clock }
-    }
+/// Sends diagnostics of `level` to standard error from now on, panics included. A level is a word
+/// (`error`, `warn`, `info`, `debug`, `trace`), or a filter by targets: `info,sidegate_proxy=debug`.
+///
+/// # Errors
+///
+/// [`DiagnosticsError`]; nothing has changed then.
+pub fn install(level: &str, clock: Arc<dyn Clock>) -> Result<(), DiagnosticsError> {
+    let subscriber = subscriber(level, clock, std::io::stderr)?;
+    tracing::subscriber::set_global_default(subscriber).map_err(DiagnosticsError::Installed)?;
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let place = panic.location().map(ToString::to_string);
+        let message = panic.payload_as_str().unwrap_or("no message");
+        tracing::error!(
+            error = message,
+            thread = thread.name().unwrap_or("unnamed"),
+            place = place.unwrap_or_default(),
+            "panicked"
+        );
+    }));
+    Ok(())
+}
+
+/// Checks a level without installing anything.
+///
+/// # Errors
+///
+/// [`DiagnosticsError::Level`] when it is none.
+pub fn check(level: &str) -> Result<(), DiagnosticsError> {
+    filter(level).map(drop)
+}
+
+fn filter(level: &str) -> Result<Targets, DiagnosticsError> {
+    level.parse().map_err(|source| DiagnosticsError::Level {
+        level: level.to_owned(),
+        source,
+    })
+}
+
+/// Writes diagnostics of `level` to `writer`.
+fn subscriber<W>(
+    level: &str,
+    clock: Arc<dyn Clock>,
+    writer: W,
+) -> Result<impl Subscriber + Send + Sync, DiagnosticsError>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .event_format(JsonLines { clock })
+        .with_writer(writer);
+    let registry = tracing_subscriber::registry();
+    Ok(registry.with(filter(level)?).with(lines))
+}
+
+struct JsonLines {
+    clock: Arc<dyn Clock>,
 }
 
 impl<S, N> FormatEvent<S, N> for JsonLines
@@ -39,54 +107,129 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         let metadata = event.metadata();
-        let time = humantime::format_rfc3339_micros(self.clock.now()).to_string();
         let mut fields = Fields(Map::new());
+        let mut text = |name: &str, text: String| fields.0.insert(name.to_owned(), text.into());
+        text("kind", "diagnostic".to_owned());
+        text("time", timestamp(self.clock.now()));
+        text("level", metadata.level().as_str().to_ascii_lowercase());
+        text("target", metadata.target().to_owned());
         event.record(&mut fields);
-        let mut line = Map::new();
-        line.insert("kind".to_owned(), "diagnostic".into());
-        line.insert("time".to_owned(), time.into());
-        let level = metadata.level().as_str().to_lowercase();
-        line.insert("level".to_owned(), level.into());
-        line.insert("target".to_owned(), metadata.target().into());
-        let message = fields.0.remove("message");
-        line.insert("message".to_owned(), message.unwrap_or_default());
-        for (name, value) in fields.0 {
-            line.entry(name).or_insert(value);
-        }
-        writeln!(writer, "{}", Value::Object(line))
+        writeln!(writer, "{}", Value::Object(fields.0))
     }
 }
 
+/// An event's facts, in the order in which they were written.
 struct Fields(Map<String, Value>);
 
 impl Fields {
-    fn put(&mut self, field: &Field, value: Value) {
-        self.0.insert(field.name().to_owned(), value);
+    /// A field never hides one that every line has.
+    fn insert(&mut self, field: &Field, value: Value) {
+        let name = field.name();
+        let taken = matches!(name, "kind" | "time" | "level" | "target");
+        let name = if taken {
+            format!("field.{name}")
+        } else {
+            name.to_owned()
+        };
+        self.0.insert(name, value);
     }
 }
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.put(field, format!("{value:?}").into());
+        self.insert(field, format!("{value:?}").into());
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, value.into());
-    }
-
-    fn record_u64(&mut self, field: &Field, value: u64) {
-        self.put(field, value.into());
+        self.insert(field, value.into());
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.put(field, value.into());
+        self.insert(field, value.into());
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.insert(field, value.into());
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.put(field, value.into());
+        self.insert(field, value.into());
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.put(field, value.into());
+        self.insert(field, value.into());
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        let mut text = value.to_string();
+        let mut source = value.source();
+        while let Some(error) = source {
+            text = format!("{text}: {error}");
+            source = error.source();
+        }
+        self.insert(field, text.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::clock::ManualClock;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_message_is_one_json_line_of_its_kind() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = subscriber(
+            "info",
+            Arc::new(ManualClock::new(SystemTime::UNIX_EPOCH)),
+            move || writer.clone(),
+        )
+        .unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(
+                generation = 7,
+                error = "a\n\"b\"",
+                kind = "access",
+                "svid rotated"
+            );
+            tracing::debug!("not shown");
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        let line: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(line["kind"], "diagnostic");
+        assert_eq!(
+            line["field.kind"], "access",
+            "a field cannot pose as another kind"
+        );
+        assert_eq!(line["level"], "info");
+        assert_eq!(line["message"], "svid rotated");
+        assert_eq!(line["generation"], 7);
+        assert_eq!(line["error"], "a\n\"b\"");
+        assert!(line["time"].as_str().unwrap().ends_with('Z'), "{line}");
+    }
+
+    #[test]
+    fn what_is_no_level_is_refused() {
+        assert!(check("info,sidegate_proxy=debug").is_ok());
+        assert!(check("sidegate_proxy=loud").is_err());
     }
 }

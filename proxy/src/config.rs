@@ -20,6 +20,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sidegate_mesh::diagnostics;
 use sidegate_mesh::{
     Enforcement, SpiffeId, SpiffeIdError, TrustDomain, Workload, WorkloadPort, yaml,
 };
@@ -30,8 +31,6 @@ pub use limits::LimitsConfig;
 pub use probes::{
     GrpcProbe, HttpHeader, HttpProbe, HttpScheme, ProbeConfig, ProbeKind, ProbesConfig, TcpProbe,
 };
-
-use crate::diagnostics;
 
 /// What replaces a secret wherever configuration is shown.
 const REDACTED: &str = "[redacted]";

@@ -12,7 +12,6 @@ pub mod connections;
 mod control;
 pub mod destinations;
 pub mod detect;
-pub mod diagnostics;
 pub mod drain;
 pub mod error;
 pub mod forward;
