@@ -11,12 +11,19 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use sidegate_mesh::diagnostics;
 use sidegate_mtls::SystemClock;
 use sidegate_proxy::config::Config;
 use sidegate_proxy::sidecar::{Sidecar, StartError};
-use sidegate_proxy::{diagnostics, wait};
+use sidegate_proxy::wait;
+use tikv_jemallocator::Jemalloc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, warn};
+
+/// Calls allocate pieces of several KiB, which glibc's `malloc` is slow at and does not give back
+/// after a burst: `docs/performance.md`. How it is set up stands in `.cargo/config.toml`.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;
@@ -107,7 +114,7 @@ fn run(file: Option<&Path>, print_only: bool) -> ExitCode {
             Err(error) => fail(FAILED, &format!("{error:#}")),
         };
     }
-    if let Err(error) = diagnostics::install(&config.diagnostics.level) {
+    if let Err(error) = diagnostics::install(&config.diagnostics.level, Arc::new(SystemClock)) {
         return fail(WRONG_USAGE, &format!("{:#}", anyhow::Error::new(error)));
     }
     hide_memory();
