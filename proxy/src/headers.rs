@@ -5,6 +5,7 @@
 //! spelling. What hops need (`te`, `host`, `connection`, `upgrade`, our own headers) is written anew
 //! from parsed values when a head leaves. Only a certificate speaks for the peer.
 
+use bytes::BytesMut;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SEC_WEBSOCKET_KEY, TE,
     TRANSFER_ENCODING, UPGRADE,
@@ -133,6 +134,7 @@ pub fn sanitize(
     headers.remove(HOST);
     strip(&mut headers, |_| false);
     check_h1(&headers)?;
+    detach(&mut headers, sender);
     // From here on only what is forwarded decides.
     let path = CanonicalPath::parse(uri.path()).map_err(|error| bad(error.code()))?;
     Ok(Head {
@@ -155,6 +157,7 @@ pub fn sanitize(
 /// can tell a refusal from an answer; an application's own are stripped.
 pub fn sanitize_response(parts: &mut response::Parts, sender: Sender) {
     strip(&mut parts.headers, |name| keeps(name, sender));
+    detach(&mut parts.headers, sender);
 }
 
 /// Brings trailers to the form in which they are passed on.
@@ -163,6 +166,7 @@ pub fn sanitize_trailers(trailers: &mut HeaderMap, sender: Sender) {
     for name in &NEVER_TRAILERS {
         trailers.remove(name);
     }
+    detach(trailers, sender);
 }
 
 /// Whether names and values are such as HTTP/1 can carry: asked again where they are written, so
@@ -530,6 +534,26 @@ fn strip(headers: &mut HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
     let stripped: Vec<HeaderName> = headers.keys().filter(stripped).cloned().collect();
     for name in stripped {
         headers.remove(name);
+    }
+}
+
+/// Copies an application's values, so that they hold nothing of the buffer they were read into:
+/// the HPACK table of the connection to the other sidecar keeps values long after their call.
+fn detach(headers: &mut HeaderMap, sender: Sender) {
+    if sender == Sender::Sidecar {
+        // What goes to an application is written and forgotten.
+        return;
+    }
+    let total = headers.values().map(HeaderValue::len).sum();
+    let mut copies = BytesMut::with_capacity(total);
+    for value in headers.values_mut() {
+        copies.extend_from_slice(value.as_bytes());
+        let copy = copies.split().freeze();
+        // What was a value once is one again.
+        if let Ok(mut copy) = HeaderValue::from_maybe_shared(copy) {
+            copy.set_sensitive(value.is_sensitive());
+            *value = copy;
+        }
     }
 }
 

@@ -1,5 +1,9 @@
 //! What a head may be, and what it becomes.
 
+use bytes::Bytes;
+use http::Response;
+use http::header::LAST_MODIFIED;
+
 use super::*;
 
 const WEB: &str = "spiffe://mesh.local/ns/shop/sa/web";
@@ -348,7 +352,7 @@ fn too_many_fields_are_one_field_too_many() {
 #[test]
 fn an_applications_response_cannot_pass_for_a_sidecars() {
     let response = |sender| {
-        let response = http::Response::builder()
+        let response = Response::builder()
             .header("sidegate-error", "denied")
             .header("sidegate_decision", "1")
             .header("sidegate-decision", "1")
@@ -428,4 +432,35 @@ fn a_method_in_small_letters_is_refused_however_it_came() {
         parts.version = version;
         assert!(sanitize(&mut parts, sender, &WireLimits::default()).is_ok());
     }
+}
+
+/// A field whose value lies in a larger buffer, as hyper's and h2's do, and that buffer.
+fn field_in_a_buffer() -> (HeaderMap, Bytes) {
+    let buffer = Bytes::from(vec![b'v'; 8 * 1024]);
+    let mut value = HeaderValue::from_maybe_shared(buffer.slice(..16)).unwrap();
+    value.set_sensitive(true);
+    (HeaderMap::from_iter([(LAST_MODIFIED, value)]), buffer)
+}
+
+#[test]
+fn what_an_application_said_is_kept_without_the_buffer_it_was_read_into() {
+    let (headers, buffer) = field_in_a_buffer();
+    let mut request = parts("GET", "/", &[("host", "orders.shop")]);
+    request.headers.extend(headers);
+    let head = sanitize(&mut request, Sender::Application, &WireLimits::default()).unwrap();
+    assert_eq!(head.headers[LAST_MODIFIED], "v".repeat(16));
+    assert!(head.headers[LAST_MODIFIED].is_sensitive());
+    assert!(buffer.try_into_mut().is_ok(), "a request holds its buffer");
+
+    let (headers, buffer) = field_in_a_buffer();
+    let mut response = Response::new(()).into_parts().0;
+    response.headers = headers;
+    sanitize_response(&mut response, Sender::Application);
+    assert_eq!(response.headers[LAST_MODIFIED], "v".repeat(16));
+    assert!(buffer.try_into_mut().is_ok(), "a response holds its buffer");
+
+    let (mut trailers, buffer) = field_in_a_buffer();
+    sanitize_trailers(&mut trailers, Sender::Application);
+    assert_eq!(trailers[LAST_MODIFIED], "v".repeat(16));
+    assert!(buffer.try_into_mut().is_ok(), "trailers hold their buffer");
 }
