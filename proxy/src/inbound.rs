@@ -202,9 +202,10 @@ async fn serve_connection(inbound: &Arc<Inbound>, stream: TcpStream, address: So
         }
     }
     let address = original::canonical(address);
-    let mut accepted = handshake::accept(inbound, stream, address, target).await;
+    // Boxed here and below, so that an idle connection holds nothing of what it is done with.
+    let mut accepted = Box::pin(handshake::accept(inbound, stream, address, target)).await;
     if let (Some(Accepted::Silent(..)), Some(target)) = (&accepted, target) {
-        accepted = listen(inbound, accepted, address, target).await;
+        accepted = Box::pin(listen(inbound, accepted, address, target)).await;
     }
     serve_accepted(inbound, accepted, address, target).await;
 }
@@ -232,7 +233,7 @@ async fn serve_own(inbound: &Arc<Inbound>, call: OwnCall) {
         Err(refusal) => return arrival::log_refused(&inbound.shared, address, refusal),
     };
     let socket = Socket::Own(call.stream);
-    let accepted = handshake::authenticate(inbound, socket, address).await;
+    let accepted = Box::pin(handshake::authenticate(inbound, socket, address)).await;
     serve_accepted(inbound, accepted, address, target).await;
 }
 
@@ -245,7 +246,7 @@ async fn serve_accepted(
     let (stream, peer) = match (accepted, target) {
         (Some(Accepted::Mesh(stream, peer)), _) => (stream, peer),
         (Some(Accepted::Plain(caller)), Some(target)) => {
-            return plain::serve(inbound, caller, address, target).await;
+            return Box::pin(plain::serve(inbound, caller, address, target)).await;
         }
         (Some(Accepted::Plain(_)), None) | (Some(Accepted::Silent(..)) | None, _) => return,
     };
@@ -258,7 +259,7 @@ async fn serve_accepted(
     // Registered first: trust that was withdrawn since the handshake is noticed here or by the
     // recheck, never by neither.
     handshake::retrust(&inbound.shared, link.link());
-    session::run(inbound, &link, Carrier::Mesh(stream), target).await;
+    Box::pin(session::run(inbound, &link, Carrier::Mesh(stream), target)).await;
 }
 
 /// One of the connections that a peer may have at once.

@@ -174,7 +174,8 @@ impl Outbound {
         drop(stream.set_nodelay(true));
         let (destined, protocol) = match (bound, &self.shared.destinations) {
             (None, Some(destinations)) => {
-                return self.serve_redirected(stream, address, destinations).await;
+                let redirected = self.serve_redirected(stream, address, destinations);
+                return Box::pin(redirected).await;
             }
             (None, None) => (Destined::Authority, None),
             (Some(bound), _) => {
@@ -201,7 +202,7 @@ impl Outbound {
     ) {
         if protocol == Some(PortProtocol::Tcp) {
             let stream = Prefixed::new(bytes::Bytes::new(), stream);
-            return self.serve_tcp(stream, connection).await;
+            return Box::pin(self.serve_tcp(stream, connection)).await;
         }
         let opaque = protocol == Some(PortProtocol::Auto);
         let (patience, expected) = if opaque {
@@ -214,11 +215,14 @@ impl Outbound {
         let Ok((detected, stream)) = detected else {
             return;
         };
+        // Boxed, so that a connection that is idle takes no room for what it does not speak.
         match detected {
-            Detected::Http2 => self.serve_http2(stream, connection).await,
-            Detected::Http1 => self.serve_http1(stream, connection).await,
-            Detected::Tls | Detected::Other if opaque => self.serve_tcp(stream, connection).await,
-            Detected::Silent if opaque => self.serve_silent(stream, connection).await,
+            Detected::Http2 => Box::pin(self.serve_http2(stream, connection)).await,
+            Detected::Http1 => Box::pin(self.serve_http1(stream, connection)).await,
+            Detected::Tls | Detected::Other if opaque => {
+                Box::pin(self.serve_tcp(stream, connection)).await;
+            }
+            Detected::Silent if opaque => Box::pin(self.serve_silent(stream, connection)).await,
             Detected::Silent | Detected::Closed => {}
             Detected::Tls => self.refuse(&connection, "tls"),
             Detected::Other => self.refuse(&connection, "unknown_protocol"),

@@ -38,6 +38,10 @@ const GOING_AWAY_SHARE: u32 = 4;
 /// callers give up, far less than a flood (CVE-2023-44487).
 const RESETS: (u32, u32) = (1_000, 100);
 
+/// Calls of one connection that begin before the others of its worker have their turn: a caller that
+/// sends hundreds at once must not put all of them before the next one's.
+const TURN_CALLS_MAX: u32 = 16;
+
 /// SETTINGS, PINGs and other frames of no call, at once and then in each second: a sidecar sends a
 /// few in a minute.
 const IDLE_FRAMES: (u32, u32) = (200, 20);
@@ -78,7 +82,8 @@ enum End {
     Flood(&'static str),
 }
 
-type Http2 = Connection<Metered<Carrier>, Bytes>;
+/// Boxed: its users hand it on, and an idle connection should hold it once.
+type Http2 = Box<Connection<Metered<Carrier>, Bytes>>;
 
 /// Serves the connection to its end.
 pub(super) async fn run(
@@ -88,16 +93,10 @@ pub(super) async fn run(
     target: Option<Target>,
 ) {
     let clock = &inbound.shared.clock;
-    let timeout = inbound.shared.config.limits.handshake_timeout;
     let frames = Arc::new(Notify::new());
     let budget = Budget::new(IDLE_FRAMES, clock.now());
     let stream = Metered::new(stream, budget, Arc::clone(clock), Arc::clone(&frames));
-    let handshake = tokio::select! {
-        handshake = inbound.limits.server().handshake(stream) => handshake,
-        () = clock.sleep(timeout) => return,
-    };
-    let Ok(http2) = handshake else {
-        tracing::debug!(peer.addr = %link.link().address(), "inbound HTTP/2 preface refused");
+    let Some(http2) = Box::pin(read_preface(inbound, link, stream)).await else {
         return;
     };
     let session = Arc::new(Session {
@@ -111,11 +110,33 @@ pub(super) async fn run(
     session.serve(http2).await;
 }
 
+/// The connection behind its preface; nothing when there is none in time.
+async fn read_preface(
+    inbound: &Inbound,
+    link: &LinkGuard,
+    stream: Metered<Carrier>,
+) -> Option<Http2> {
+    let timeout = inbound.shared.config.limits.handshake_timeout;
+    let handshake = tokio::select! {
+        handshake = inbound.limits.server().handshake(stream) => handshake,
+        () = inbound.shared.clock.sleep(timeout) => return None,
+    };
+    if handshake.is_err() {
+        tracing::debug!(peer.addr = %link.link().address(), "inbound HTTP/2 preface refused");
+    }
+    handshake.ok().map(Box::new)
+}
+
 impl Session {
     async fn serve(self: &Arc<Self>, mut http2: Http2) {
         let mut events = self.events(&mut http2);
         let mut leaving = false;
+        let mut begun = 0;
         loop {
+            if begun == TURN_CALLS_MAX {
+                begun = 0;
+                tokio::task::yield_now().await;
+            }
             tokio::select! {
                 // What ends the connection comes before what it brings.
                 biased;
@@ -129,12 +150,15 @@ impl Session {
                     }
                     Event::End(end) => {
                         let reason = self.end(end);
-                        return self.close(http2, reason).await;
+                        return Box::pin(self.close(http2, reason)).await;
                     }
                     Event::Silent => return,
                 },
                 next = http2.accept() => match next {
-                    Some(Ok((request, respond))) => self.begin(request, respond, leaving),
+                    Some(Ok((request, respond))) => {
+                        begun += 1;
+                        self.begin(request, respond, leaving);
+                    }
                     Some(Err(error)) => return self.broken(&error),
                     None => return,
                 },

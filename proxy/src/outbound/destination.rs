@@ -107,14 +107,16 @@ impl Outbound {
                 let connection = connection(Place::Mesh);
                 self.serve_spoken(io, connection, Some(protocol)).await;
             }
-            Ok(Destination::External { refused: false }) => self.pass(io, address, at).await,
+            Ok(Destination::External { refused: false }) => {
+                Box::pin(self.pass(io, address, at)).await;
+            }
             Ok(Destination::External { refused: true }) => {
                 let connection = connection(Place::Forbidden);
-                self.turn_away(io, connection).await;
+                Box::pin(self.turn_away(io, connection)).await;
             }
             Err(_) => {
                 let connection = connection(Place::Unknown);
-                self.turn_away(io, connection).await;
+                Box::pin(self.turn_away(io, connection)).await;
             }
         }
     }

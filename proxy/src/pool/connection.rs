@@ -39,7 +39,8 @@ pub(super) async fn run(pool: Arc<Pool>, host: Arc<Host>, permit: Permit) {
         host: &host,
         reported: false,
     };
-    match establish(&pool, &host).await {
+    // Boxed: a connection that stands needs nothing of how it was made.
+    match Box::pin(establish(&pool, &host)).await {
         Err(error) => attempt.failed(error),
         Ok((sender, wire, peer)) => {
             let connection = Arc::new(Connection {
