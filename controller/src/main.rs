@@ -72,8 +72,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let level = std::env::var("SIDEGATE_LOG").unwrap_or_else(|_| "info".to_owned());
-    diagnostics::install(&level, Arc::clone(&clock))?;
+    let level = diagnostics::level_from_env("info");
+    diagnostics::install(&level, Arc::clone(&clock)).map_err(|error| Usage(error.into()))?;
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()

@@ -43,7 +43,14 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(WRONG_USAGE, &anyhow::Error::new(error)),
     };
-    match run(&cli, config) {
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    if !cli.print_config {
+        let level = diagnostics::level_from_env(config.log_level.as_str());
+        if let Err(error) = diagnostics::install(&level, Arc::clone(&clock)) {
+            return fail(WRONG_USAGE, &anyhow::Error::new(error));
+        }
+    }
+    match run(&cli, config, clock) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(FAILED, &error),
     }
@@ -55,17 +62,13 @@ fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run(cli: &Cli, config: Config) -> anyhow::Result<()> {
+fn run(cli: &Cli, config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<()> {
     if cli.print_config {
         let text = serde_saphyr::to_string(&config)?;
         return io::stdout()
             .write_all(text.as_bytes())
             .context("cannot print");
     }
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let level =
-        std::env::var("SIDEGATE_LOG").unwrap_or_else(|_| config.log_level.as_str().to_owned());
-    diagnostics::install(&level, Arc::clone(&clock))?;
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()

@@ -170,7 +170,7 @@ pub enum LogLevel {
     Info,
     /// Also each connection.
     Debug,
-    /// Everything.
+    /// Everything, in a development build; as [`Self::Debug`] in a release.
     Trace,
 }
 

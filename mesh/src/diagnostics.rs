@@ -10,7 +10,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
 use tracing_subscriber::layer::SubscriberExt;
@@ -23,12 +23,13 @@ use crate::clock::Clock;
 #[derive(Debug, thiserror::Error)]
 pub enum DiagnosticsError {
     /// The level is neither a word nor a filter.
-    #[error("`{level}` is not a level of diagnostics")]
+    #[error(
+        "`{level}` is not a level of diagnostics: error, warn, info, debug, off, or a filter such as \
+         info,sidegate_proxy=debug"
+    )]
     Level {
         /// What was given.
         level: String,
-        /// What is wrong with it.
-        source: tracing_subscriber::filter::ParseError,
     },
     /// Something else was installed before.
     #[error("diagnostics are installed already")]
@@ -36,7 +37,8 @@ pub enum DiagnosticsError {
 }
 
 /// Sends diagnostics of `level` to standard error from now on, panics included. A level is a word
-/// (`error`, `warn`, `info`, `debug`, `trace`), or a filter by targets: `info,sidegate_proxy=debug`.
+/// (`off`, `error`, `warn`, `info`, `debug`; `trace` is as `debug` in a release), or a filter by targets:
+/// `info,sidegate_proxy=debug`.
 ///
 /// # Errors
 ///
@@ -45,17 +47,28 @@ pub fn install(level: &str, clock: Arc<dyn Clock>) -> Result<(), DiagnosticsErro
     let subscriber = subscriber(level, clock, std::io::stderr)?;
     tracing::subscriber::set_global_default(subscriber).map_err(DiagnosticsError::Installed)?;
     std::panic::set_hook(Box::new(|panic| {
-        let thread = std::thread::current();
         let place = panic.location().map(ToString::to_string);
-        let message = panic.payload_as_str().unwrap_or("no message");
-        tracing::error!(
-            error = message,
-            thread = thread.name().unwrap_or("unnamed"),
-            place = place.unwrap_or_default(),
-            "panicked"
-        );
+        say_panic(panic.payload_as_str().unwrap_or("no message"), place);
     }));
     Ok(())
+}
+
+/// What `SIDEGATE_LOG` asks for, else `default`.
+pub fn level_from_env(default: &str) -> String {
+    let asked = std::env::var("SIDEGATE_LOG").ok();
+    asked
+        .filter(|level| !level.is_empty())
+        .unwrap_or_else(|| default.to_owned())
+}
+
+fn say_panic(message: &str, place: Option<String>) {
+    let thread = std::thread::current();
+    tracing::error!(
+        error = message,
+        thread = thread.name().unwrap_or("unnamed"),
+        place = place.unwrap_or_default(),
+        "panicked"
+    );
 }
 
 /// Checks a level without installing anything.
@@ -68,10 +81,23 @@ pub fn check(level: &str) -> Result<(), DiagnosticsError> {
 }
 
 fn filter(level: &str) -> Result<Targets, DiagnosticsError> {
-    level.parse().map_err(|source| DiagnosticsError::Level {
-        level: level.to_owned(),
-        source,
-    })
+    // `Targets` takes a word that is no level for a target, and nothing for `error`.
+    let pieces = level.split(',').map(str::trim).collect::<Vec<_>>();
+    for piece in &pieces {
+        if !piece.contains('=') && (piece.is_empty() || piece.parse::<LevelFilter>().is_err()) {
+            return Err(DiagnosticsError::Level {
+                level: level.to_owned(),
+            });
+        }
+    }
+    let filter = pieces.join(",").parse::<Targets>();
+    // A panic is said whatever is asked for.
+    filter
+        .map(|filter| filter.with_target(module_path!(), LevelFilter::ERROR))
+        .ok()
+        .ok_or_else(|| DiagnosticsError::Level {
+            level: level.to_owned(),
+        })
 }
 
 /// Writes diagnostics of `level` to `writer`.
@@ -118,7 +144,7 @@ where
     }
 }
 
-/// An event's facts, in the order in which they were written.
+/// An event's facts, by name.
 struct Fields(Map<String, Value>);
 
 impl Fields {
@@ -228,8 +254,27 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_is_said_whatever_is_asked_for() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let clock = Arc::new(ManualClock::new(SystemTime::UNIX_EPOCH));
+        let subscriber = subscriber("off", clock, move || writer.clone()).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::error!(target: "elsewhere", "not shown");
+            say_panic("lost", None);
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.contains("panicked") && text.contains("lost"), "{text}");
+    }
+
+    #[test]
     fn what_is_no_level_is_refused() {
-        assert!(check("info,sidegate_proxy=debug").is_ok());
-        assert!(check("sidegate_proxy=loud").is_err());
+        for level in ["info", "off", "info,sidegate_proxy=debug", "warn, h2=debug"] {
+            assert!(check(level).is_ok(), "{level}");
+        }
+        for level in ["sidegate_proxy=loud", "inof", "warning", "", "info,"] {
+            assert!(check(level).is_err(), "{level}");
+        }
     }
 }

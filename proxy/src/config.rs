@@ -291,7 +291,8 @@ impl Default for LogConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct DiagnosticsConfig {
-    /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,sidegate_proxy=debug`.
+    /// `off`, `error`, `warn`, `info`, `debug` (`trace` is the same in a release), or a filter such as
+    /// `info,sidegate_proxy=debug`.
     pub level: String,
 }
 

@@ -5,7 +5,6 @@
 //! spelling. What hops need (`te`, `host`, `connection`, `upgrade`, our own headers) is written anew
 //! from parsed values when a head leaves. Only a certificate speaks for the peer.
 
-use bytes::BytesMut;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SEC_WEBSOCKET_KEY, TE,
     TRANSFER_ENCODING, UPGRADE,
@@ -134,7 +133,7 @@ pub fn sanitize(
     headers.remove(HOST);
     strip(&mut headers, |_| false);
     check_h1(&headers)?;
-    detach(&mut headers, sender);
+    detach(&mut headers, version);
     // From here on only what is forwarded decides.
     let path = CanonicalPath::parse(uri.path()).map_err(|error| bad(error.code()))?;
     Ok(Head {
@@ -157,7 +156,7 @@ pub fn sanitize(
 /// can tell a refusal from an answer; an application's own are stripped.
 pub fn sanitize_response(parts: &mut response::Parts, sender: Sender) {
     strip(&mut parts.headers, |name| keeps(name, sender));
-    detach(&mut parts.headers, sender);
+    detach(&mut parts.headers, parts.version);
 }
 
 /// Brings trailers to the form in which they are passed on.
@@ -166,7 +165,6 @@ pub fn sanitize_trailers(trailers: &mut HeaderMap, sender: Sender) {
     for name in &NEVER_TRAILERS {
         trailers.remove(name);
     }
-    detach(trailers, sender);
 }
 
 /// Whether names and values are such as HTTP/1 can carry: asked again where they are written, so
@@ -537,20 +535,16 @@ fn strip(headers: &mut HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
     }
 }
 
-/// Copies an application's values, so that they hold nothing of the buffer they were read into:
-/// the HPACK table of the connection to the other sidecar keeps values long after their call.
-fn detach(headers: &mut HeaderMap, sender: Sender) {
-    if sender == Sender::Sidecar {
-        // What goes to an application is written and forgotten.
+/// Copies the values of an HTTP/1 head, which are pieces of the buffer that hyper read it into: the
+/// HPACK table of the connection to the other sidecar keeps a value long after its call, and each
+/// would keep its buffer. Of HTTP/2 h2 has copied them already.
+fn detach(headers: &mut HeaderMap, version: Version) {
+    if version == Version::HTTP_2 {
         return;
     }
-    let total = headers.values().map(HeaderValue::len).sum();
-    let mut copies = BytesMut::with_capacity(total);
     for value in headers.values_mut() {
-        copies.extend_from_slice(value.as_bytes());
-        let copy = copies.split().freeze();
         // What was a value once is one again.
-        if let Ok(mut copy) = HeaderValue::from_maybe_shared(copy) {
+        if let Ok(mut copy) = HeaderValue::from_bytes(value.as_bytes()) {
             copy.set_sensitive(value.is_sensitive());
             *value = copy;
         }

@@ -30,6 +30,15 @@ fn run(arguments: &[&str]) -> Output {
     Command::new(PROGRAM).args(arguments).output().unwrap()
 }
 
+#[test]
+fn the_allocator_is_set_up() {
+    // Compiled in from `.cargo/config.toml`, which cargo reads only below this folder.
+    let found = Command::new("grep")
+        .args(["-qaF", "narenas:1,dirty_decay_ms:1000", PROGRAM])
+        .status();
+    assert!(found.unwrap().success());
+}
+
 #[track_caller]
 fn check(output: &Output, code: i32, words: &str) {
     let out = String::from_utf8_lossy(&output.stdout);
