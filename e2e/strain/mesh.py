@@ -59,7 +59,8 @@ def place(process, cores, nice=0):
     """Runs all threads of a process on these cores, with this priority."""
     for thread in threads(process):
         os.sched_setaffinity(thread, cores)
-        os.setpriority(os.PRIO_PROCESS, thread, nice)
+        if nice:
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def threads(process):
@@ -153,6 +154,7 @@ class Mesh:
                 process.wait(timeout=DEADLINE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
 
     def __getitem__(self, account):
         return self.sidecars[account]

@@ -29,6 +29,10 @@ IDLE_CONNECTIONS = 5000
 STORM_RATE = 2000
 STORM_SECONDS = 12
 STORM_PROCESSES = 32
+# Fewer are no storm: cores that are shared with the callers make far fewer than are offered.
+STORM_RATE_MIN = 100
+STARVED_MS = 100
+FILES_MIN = 12_000
 REPETITIONS = 5
 CHECKS = []
 
@@ -138,8 +142,8 @@ def handshake_storm(bench):
         figure(f"open calls {name} the storm: p50 {milliseconds(run, 'p50'):.2f} ms, "
                f"p99 {milliseconds(run, 'p99'):.2f} ms, max {milliseconds(run, 'max'):.1f} ms")
     expect(not failures, f"{len(failures)} handshakes failed, the first so:", *failures[:1])
-    expect(made >= 100 * STORM_SECONDS, made, "handshakes are no storm")
-    expect(milliseconds(stormy, "p99") < 100, "open calls are starved")
+    expect(made >= STORM_RATE_MIN * STORM_SECONDS, made, "handshakes are no storm")
+    expect(milliseconds(stormy, "p99") < STARVED_MS, "open calls are starved")
 
 
 @contextlib.contextmanager
@@ -228,12 +232,13 @@ def flat_memory(bench):
 
 @check
 def memory_given_back(bench):
-    """what a burst of 2,000 connections took is given back within 10 s"""
+    """of what a burst of 2,000 connections took, all but a quarter is given back within 10 s"""
     with Mesh(bench) as mesh:
         mesh.load("--closed", "--connections", 4, "--warmup", "0s", "--duration", "1s")
         idle = memory(mesh)
         mesh.load("--closed", "--connections", 2000, "--warmup", "0s", "--duration", "5s")
         peak = memory(mesh, "VmHWM")
+        expect(all(peak[account] > idle[account] for account in idle), "there was no burst")
 
         def kept():
             return {account: (now - idle[account]) / (peak[account] - idle[account])
@@ -251,6 +256,7 @@ def memory_given_back(bench):
 def raise_files_max():
     """As many open files as this user may have; processes that are started inherit it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    expect(most >= FILES_MIN, f"at most {most} open files are allowed here (ulimit -Hn), {FILES_MIN} are needed")
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
