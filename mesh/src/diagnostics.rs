@@ -231,12 +231,13 @@ mod tests {
         .unwrap();
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!(
+                target: "sidegate_mtls::identity",
                 generation = 7,
                 error = "a\n\"b\"",
                 kind = "access",
                 "svid rotated"
             );
-            tracing::debug!("not shown");
+            tracing::debug!(target: "sidegate_mtls::identity", "not shown");
         });
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text.lines().count(), 1, "{text}");
