@@ -38,10 +38,6 @@ const GOING_AWAY_SHARE: u32 = 4;
 /// callers give up, far less than a flood (CVE-2023-44487).
 const RESETS: (u32, u32) = (1_000, 100);
 
-/// Calls of one connection that begin before the others of its worker have their turn: a caller that
-/// sends hundreds at once must not put all of them before the next one's.
-const TURN_CALLS_MAX: u32 = 16;
-
 /// SETTINGS, PINGs and other frames of no call, at once and then in each second: a sidecar sends a
 /// few in a minute.
 const IDLE_FRAMES: (u32, u32) = (200, 20);
@@ -131,12 +127,7 @@ impl Session {
     async fn serve(self: &Arc<Self>, mut http2: Http2) {
         let mut events = self.events(&mut http2);
         let mut leaving = false;
-        let mut begun = 0;
         loop {
-            if begun == TURN_CALLS_MAX {
-                begun = 0;
-                tokio::task::yield_now().await;
-            }
             tokio::select! {
                 // What ends the connection comes before what it brings.
                 biased;
@@ -155,10 +146,7 @@ impl Session {
                     Event::Silent => return,
                 },
                 next = http2.accept() => match next {
-                    Some(Ok((request, respond))) => {
-                        begun += 1;
-                        self.begin(request, respond, leaving);
-                    }
+                    Some(Ok((request, respond))) => self.begin(request, respond, leaving),
                     Some(Err(error)) => return self.broken(&error),
                     None => return,
                 },
