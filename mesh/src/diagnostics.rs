@@ -81,23 +81,25 @@ pub fn check(level: &str) -> Result<(), DiagnosticsError> {
 }
 
 fn filter(level: &str) -> Result<Targets, DiagnosticsError> {
+    parse(level).ok_or_else(|| DiagnosticsError::Level {
+        level: level.to_owned(),
+    })
+}
+
+fn parse(level: &str) -> Option<Targets> {
+    let pieces: Vec<&str> = level.split(',').map(str::trim).collect();
     // `Targets` takes a word that is no level for a target, and nothing for `error`.
-    let pieces = level.split(',').map(str::trim).collect::<Vec<_>>();
-    for piece in &pieces {
-        if !piece.contains('=') && (piece.is_empty() || piece.parse::<LevelFilter>().is_err()) {
-            return Err(DiagnosticsError::Level {
-                level: level.to_owned(),
-            });
-        }
+    let read = |piece: &&str| piece.contains('=') || is_level(piece);
+    if !pieces.iter().all(read) {
+        return None;
     }
-    let filter = pieces.join(",").parse::<Targets>();
+    let filter: Targets = pieces.join(",").parse().ok()?;
     // A panic is said whatever is asked for.
-    filter
-        .map(|filter| filter.with_target(module_path!(), LevelFilter::ERROR))
-        .ok()
-        .ok_or_else(|| DiagnosticsError::Level {
-            level: level.to_owned(),
-        })
+    Some(filter.with_target(module_path!(), LevelFilter::ERROR))
+}
+
+fn is_level(word: &str) -> bool {
+    !word.is_empty() && word.parse::<LevelFilter>().is_ok()
 }
 
 /// Writes diagnostics of `level` to `writer`.
