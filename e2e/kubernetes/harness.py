@@ -14,38 +14,22 @@ import threading
 import time
 import urllib.parse
 
+import checks
+from checks import CHECKS, check, expect  # noqa: F401
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 GROUP = "/apis/sidegate.dev/v1alpha1"
 DEADLINE_SECONDS = 60
 SYSTEM = "sidegate-system"
-CHECKS = []
-
-
-def check(function):
-    """Registers a check; its docstring is its name."""
-    CHECKS.append(function)
-    return function
 
 
 class Skipped(Exception):
     """What a check asks for is not there; the reason is printed."""
 
 
-def expect(condition, *facts):
-    if not condition:
-        raise AssertionError(" ".join(str(fact) for fact in facts)[:4000])
-
-
 def until(what, probe, seconds=DEADLINE_SECONDS, every=0.05):
-    """Asks `probe` until it returns something true; returns that and the seconds it took."""
-    started = time.monotonic()
-    while True:
-        found = probe()
-        took = time.monotonic() - started
-        if found:
-            return found, took
-        expect(took < seconds, f"not within {seconds} s: {what() if callable(what) else what}")
-        time.sleep(every)
+    """As that of `checks`, with the patience that a cluster needs."""
+    return checks.until(what, probe, seconds, every)
 
 
 def workload(service_account, namespace):

@@ -11,13 +11,15 @@ not uninstall, `--list` prints them all. What failed is told with what kubectl k
 
 import argparse
 import os
+import pathlib
 import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass, field
 
-import harness
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+import harness  # noqa: E402
 
 
 @dataclass

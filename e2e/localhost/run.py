@@ -20,32 +20,10 @@ import sys
 import tempfile
 import time
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+from checks import CHECKS, check, expect, until  # noqa: E402
+
 HERE = pathlib.Path(__file__).resolve().parent
-DEADLINE_SECONDS = 20
-CHECKS = []
-
-
-def check(function):
-    """Registers a check; its docstring is its name."""
-    CHECKS.append(function)
-    return function
-
-
-def expect(condition, *facts):
-    if not condition:
-        raise AssertionError(" ".join(str(fact) for fact in facts))
-
-
-def until(what, probe, seconds=DEADLINE_SECONDS):
-    """Asks `probe` until it returns something true; returns that and the seconds it took."""
-    started = time.monotonic()
-    while True:
-        found = probe()
-        took = time.monotonic() - started
-        if found:
-            return found, took
-        expect(took < seconds, f"not within {seconds} s: {what}")
-        time.sleep(0.02)
 
 
 def run(*command, stdin=None, timeout=30):

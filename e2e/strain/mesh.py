@@ -12,7 +12,8 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
+
+from checks import expect, until
 
 DEADLINE_SECONDS = 20
 LOAD_SECONDS_MAX = 120
@@ -20,23 +21,6 @@ NAMESPACE = "strain"
 RULES = 20
 # Below the ports that the kernel gives to outgoing connections, which could take one before a process listens on it.
 PORTS = range(20_000, 32_000)
-
-
-def expect(condition, *facts):
-    if not condition:
-        raise AssertionError(" ".join(str(fact) for fact in facts))
-
-
-def until(what, probe, seconds=DEADLINE_SECONDS):
-    """Asks `probe` until it returns something true; the seconds that it took."""
-    started = time.monotonic()
-    while True:
-        found = probe()
-        took = time.monotonic() - started
-        if found:
-            return took
-        expect(took < seconds, f"not within {seconds} s: {what}")
-        time.sleep(0.05)
 
 
 def free_addresses():

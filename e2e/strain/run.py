@@ -23,7 +23,9 @@ import sys
 import tempfile
 import time
 
-from mesh import DEADLINE_SECONDS, NAMESPACE, Mesh, expect, milliseconds, place, rate, result, until
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+from checks import CHECKS, check, expect, until  # noqa: E402
+from mesh import DEADLINE_SECONDS, NAMESPACE, Mesh, milliseconds, place, rate, result  # noqa: E402
 
 IDLE_CONNECTIONS = 5000
 STORM_RATE = 2000
@@ -34,13 +36,6 @@ STORM_RATE_MIN = 100
 STARVED_MS = 100
 FILES_MIN = 12_000
 REPETITIONS = 5
-CHECKS = []
-
-
-def check(function):
-    """Registers a check; the first line of its docstring is its name."""
-    CHECKS.append(function)
-    return function
 
 
 def figure(text):
@@ -245,7 +240,7 @@ def memory_given_back(bench):
                     for account, now in memory(mesh).items()}
 
         try:
-            took = until("a quarter of it is left at most", lambda: max(kept().values()) <= 0.25, seconds=10)
+            _, took = until("a quarter of it is left at most", lambda: max(kept().values()) <= 0.25, seconds=10)
             figure(f"given back after {took:.1f} s")
         finally:
             for account, share in kept().items():
