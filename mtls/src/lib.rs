@@ -45,6 +45,7 @@ mod handshake;
 mod health;
 mod identity;
 mod issue;
+mod proven;
 mod provider;
 mod state_dir;
 mod svid;

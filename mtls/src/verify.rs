@@ -19,7 +19,7 @@ use webpki::{EndEntityCert, KeyUsage};
 
 use crate::bundle::{BundleSet, Revocations, Root, Trust};
 use crate::certificate::{Certificate, Serial};
-use crate::provider::SIGNATURES;
+use crate::proven::ProvenSignatures;
 
 /// Bounds of what is accepted.
 #[derive(Clone, Copy, Debug)]
@@ -280,6 +280,7 @@ impl fmt::Debug for PeerCertificate {
 pub struct Verifier {
     trust: Trust,
     limits: VerifyLimits,
+    proven: Arc<ProvenSignatures>,
 }
 
 impl Verifier {
@@ -293,12 +294,16 @@ impl Verifier {
             bundles,
             revocations,
         };
-        Self { trust, limits }
+        Self::from_trust(trust, limits)
     }
 
     /// As [`Self::new`], from roots and revocations that came together.
     pub fn from_trust(trust: Trust, limits: VerifyLimits) -> Self {
-        Self { trust, limits }
+        Self {
+            trust,
+            limits,
+            proven: Arc::default(),
+        }
     }
 
     /// Roots and revocations that decide.
@@ -338,7 +343,13 @@ impl Verifier {
         if !leaf.algorithms_are_allowed() {
             return Err(VerifyError::Algorithm);
         }
-        check_path(leaf_der, issuer_ders, roots, now)?;
+        let path = Presented {
+            leaf: leaf_der,
+            issuers: issuer_ders,
+            now,
+            proven: &self.proven,
+        };
+        path.check(roots)?;
         self.check_revoked(&id, std::iter::once(&leaf).chain(&issuers))?;
         if let Some(expected) = expected.filter(|expected| **expected != id) {
             return Err(VerifyError::UnexpectedIdentity {
@@ -455,89 +466,81 @@ fn check_issuers<'a>(
     Ok(issuers)
 }
 
-/// Builds and checks a path to one of `roots` that is in date.
-fn check_path(
-    leaf: &CertificateDer<'_>,
-    issuers: &[CertificateDer<'_>],
-    roots: &[Root],
+/// A chain as it was presented, of which a path is built at one moment.
+struct Presented<'a> {
+    leaf: &'a CertificateDer<'a>,
+    issuers: &'a [CertificateDer<'a>],
     now: SystemTime,
-) -> Result<(), VerifyError> {
-    let in_date = roots.iter().filter(|root| root.is_valid_at(now));
-    let usable: Vec<TrustAnchor<'_>> = in_date.map(|root| root.anchor().clone()).collect();
-    let refusal = match webpki_path(leaf, issuers, &usable, now) {
-        Ok(()) => return Ok(()),
-        Err(refusal) => refusal,
-    };
-    // The rest only says the true reason. Roots of one name hide it: the wrong one's signature.
-    let one_by_one = usable.iter().map(std::slice::from_ref);
-    let specific = one_by_one
-        .filter_map(|root| webpki_path(leaf, issuers, root, now).err())
-        .find(|error| {
-            !matches!(
-                error,
-                VerifyError::BadSignature | VerifyError::UnknownIssuer
-            )
+    proven: &'a ProvenSignatures,
+}
+
+impl Presented<'_> {
+    /// Builds and checks a path to one of `roots` that is in date.
+    fn check(&self, roots: &[Root]) -> Result<(), VerifyError> {
+        let in_date = roots.iter().filter(|root| root.is_valid_at(self.now));
+        let usable: Vec<TrustAnchor<'_>> = in_date.map(|root| root.anchor().clone()).collect();
+        let refusal = match self.leads_to(&usable) {
+            Ok(()) => return Ok(()),
+            Err(refusal) => refusal,
+        };
+        // The rest only says the true reason. Roots of one name hide it: the wrong one's signature.
+        let one_by_one = usable.iter().map(std::slice::from_ref);
+        let specific = one_by_one
+            .filter_map(|root| self.leads_to(root).err())
+            .find(|error| {
+                !matches!(
+                    error,
+                    VerifyError::BadSignature | VerifyError::UnknownIssuer
+                )
+            });
+        if let Some(specific) = specific {
+            return Err(specific);
+        }
+        let every: Vec<TrustAnchor<'_>> = roots.iter().map(|root| root.anchor().clone()).collect();
+        if usable.len() < every.len() && self.leads_to(&every).is_ok() {
+            return Err(VerifyError::AnchorExpired);
+        }
+        if refusal == VerifyError::BadSignature && self.is_sound_without_root() {
+            return Err(VerifyError::UnknownIssuer);
+        }
+        Err(refusal)
+    }
+
+    /// Whether the presented chain is whole in itself. Then a signature that does not verify is the
+    /// root's: another CA of the same name, or a root that was replaced.
+    fn is_sound_without_root(&self) -> bool {
+        let Some((top, between)) = self.issuers.split_last() else {
+            return false;
+        };
+        // Nothing of this leads to a root of ours: a stranger's signatures are not remembered.
+        let path = Presented {
+            issuers: between,
+            proven: &ProvenSignatures::default(),
+            ..*self
+        };
+        webpki::anchor_from_trusted_cert(top).is_ok_and(|anchor| path.leads_to(&[anchor]).is_ok())
+    }
+
+    fn leads_to(&self, anchors: &[TrustAnchor<'_>]) -> Result<(), VerifyError> {
+        // Both usages were already demanded of every certificate that limits itself.
+        self.leads_to_for(KeyUsage::client_auth(), anchors)
+    }
+
+    fn leads_to_for(
+        &self,
+        usage: KeyUsage,
+        anchors: &[TrustAnchor<'_>],
+    ) -> Result<(), VerifyError> {
+        let since_epoch = self.now.duration_since(SystemTime::UNIX_EPOCH);
+        let now = UnixTime::since_unix_epoch(since_epoch.unwrap_or_default());
+        let verified = EndEntityCert::try_from(self.leaf).and_then(|leaf| {
+            self.proven.with(|algorithms| {
+                leaf.verify_for_usage(algorithms, anchors, self.issuers, now, usage, None, None)
+                    .map(drop)
+            })
         });
-    if let Some(specific) = specific {
-        return Err(specific);
+        verified.map_err(|error| path_error(&error))
     }
-    let every: Vec<TrustAnchor<'_>> = roots.iter().map(|root| root.anchor().clone()).collect();
-    if usable.len() < every.len() && webpki_path(leaf, issuers, &every, now).is_ok() {
-        return Err(VerifyError::AnchorExpired);
-    }
-    if refusal == VerifyError::BadSignature && is_sound_without_root(leaf, issuers, now) {
-        return Err(VerifyError::UnknownIssuer);
-    }
-    Err(refusal)
-}
-
-/// Whether the presented chain is whole in itself. Then a signature that does not verify is the
-/// root's: another CA of the same name, or a root that was replaced.
-fn is_sound_without_root(
-    leaf: &CertificateDer<'_>,
-    issuers: &[CertificateDer<'_>],
-    now: SystemTime,
-) -> bool {
-    let Some((top, between)) = issuers.split_last() else {
-        return false;
-    };
-    webpki::anchor_from_trusted_cert(top)
-        .is_ok_and(|anchor| webpki_path(leaf, between, &[anchor], now).is_ok())
-}
-
-fn webpki_path(
-    leaf: &CertificateDer<'_>,
-    issuers: &[CertificateDer<'_>],
-    anchors: &[TrustAnchor<'_>],
-    now: SystemTime,
-) -> Result<(), VerifyError> {
-    // Both usages were already demanded of every certificate that limits itself.
-    webpki_path_for(KeyUsage::client_auth(), leaf, issuers, anchors, now)
-}
-
-fn webpki_path_for(
-    usage: KeyUsage,
-    leaf: &CertificateDer<'_>,
-    issuers: &[CertificateDer<'_>],
-    anchors: &[TrustAnchor<'_>],
-    now: SystemTime,
-) -> Result<(), VerifyError> {
-    let since_epoch = now
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    let end_entity = EndEntityCert::try_from(leaf).map_err(|error| path_error(&error))?;
-    end_entity
-        .verify_for_usage(
-            SIGNATURES.all,
-            anchors,
-            issuers,
-            UnixTime::since_unix_epoch(since_epoch),
-            usage,
-            None,
-            None,
-        )
-        .map(drop)
-        .map_err(|error| path_error(&error))
 }
 
 fn path_error(error: &webpki::Error) -> VerifyError {
@@ -574,3 +577,57 @@ fn path_error(error: &webpki::Error) -> VerifyError {
 
 #[cfg(test)]
 mod limbo;
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+    use rcgen::{KeyUsagePurpose, SanType};
+    use sidegate_mesh::spiffe::TrustDomain;
+
+    use super::*;
+
+    /// Since 1970.
+    const NOW: Duration = Duration::from_hours(24 * 20_000);
+
+    /// A root of the mesh, and a chain of two that it signed.
+    fn root_and_chain() -> (CertificateDer<'static>, Vec<CertificateDer<'static>>) {
+        let authority = |name: &str| {
+            let mut params = CertificateParams::default();
+            params.distinguished_name.push(DnType::CommonName, name);
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            (params, KeyPair::generate().unwrap())
+        };
+        let (root, issuer) = (authority("root"), authority("issuer"));
+        let root_der = root.0.self_signed(&root.1).unwrap().der().clone();
+        let by_root = Issuer::from_params(&root.0, &root.1);
+        let issuer_der = issuer.0.signed_by(&issuer.1, &by_root).unwrap();
+        let mut leaf = CertificateParams::default();
+        let uri = "spiffe://mesh.local/ns/shop/sa/web".try_into().unwrap();
+        leaf.subject_alt_names = vec![SanType::URI(uri)];
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        leaf.not_before = time::OffsetDateTime::UNIX_EPOCH + NOW;
+        leaf.not_after = leaf.not_before + Duration::from_hours(1);
+        let by_issuer = Issuer::from_params(&issuer.0, &issuer.1);
+        let leaf_der = leaf.signed_by(&KeyPair::generate().unwrap(), &by_issuer);
+        let chain = vec![leaf_der.unwrap().der().clone(), issuer_der.der().clone()];
+        (root_der, chain)
+    }
+
+    #[test]
+    fn a_stranger_leaves_nothing_in_the_memory_of_signatures() {
+        let (root, chain) = root_and_chain();
+        let (_, strangers) = root_and_chain();
+        let mut bundles = BundleSet::new(1);
+        let trust_domain: TrustDomain = "mesh.local".parse().unwrap();
+        bundles.insert(&trust_domain, vec![root]).unwrap();
+        let revocations = Arc::new(Revocations::none());
+        let verifier = Verifier::new(Arc::new(bundles), revocations, VerifyLimits::default());
+        let now = SystemTime::UNIX_EPOCH + NOW;
+        let refused = verifier.verify(&strangers, now, None).unwrap_err();
+        assert_eq!(refused, VerifyError::UnknownIssuer);
+        assert_eq!(verifier.proven.remembered(), 0);
+        verifier.verify(&chain, now, None).unwrap();
+        assert_eq!(verifier.proven.remembered(), 2);
+    }
+}

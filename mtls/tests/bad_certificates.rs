@@ -32,7 +32,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Server
 use sidegate_mesh::clock::ManualClock;
 use sidegate_mtls::{
     ALPN, Acceptor, Connector, CredentialStore, HandshakeError, Peer, Revocations, Serial, Trust,
-    WorkloadKey,
+    Verifier, VerifyLimits, WorkloadKey,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -857,4 +857,40 @@ async fn one_root_never_serves_two_trust_domains() {
         again,
         Err(sidegate_mtls::BundleError::SharedRoot { .. })
     ));
+}
+
+#[test]
+fn a_chain_whose_signatures_are_known_is_judged_anew() {
+    let world = World::new();
+    let svid = world.issuer.svid(&id("shop/web"));
+    let verifier = Verifier::from_trust(world.trust(1, &[&world.root]), VerifyLimits::default());
+    let code = |chain: &[CertificateDer<'_>], now, expected| {
+        let judged = verifier.verify(chain, now, expected);
+        judged.err().map(|refusal| refusal.code())
+    };
+    for _ in 0..2 {
+        assert_eq!(code(&svid.chain, start(), None), None);
+    }
+    let over = svid.not_after + Duration::from_secs(1);
+    assert_eq!(code(&svid.chain, over, None), Some("expired"));
+    let other = id("shop/orders");
+    let expected = Some(&other);
+    assert_eq!(
+        code(&svid.chain, start(), expected),
+        Some("unexpected_identity")
+    );
+    // The account's first letter, and the signature's last byte.
+    let leaf = svid.chain[0].as_ref();
+    let name = leaf
+        .windows(8)
+        .position(|bytes| bytes == b"shop/sa/")
+        .unwrap()
+        + 8;
+    for at in [name, leaf.len() - 1] {
+        let mut forged = leaf.to_vec();
+        forged[at] ^= 1;
+        let mut chain = svid.chain.clone();
+        chain[0] = forged.into();
+        assert_eq!(code(&chain, start(), None), Some("bad_signature"), "{at}");
+    }
 }
