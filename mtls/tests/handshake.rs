@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ca::{Authority, id, start, trust_of};
-use hostile::hostile_client;
+use hostile::{contrary_client, hostile_client};
 use rustls::HandshakeKind;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
@@ -110,6 +110,22 @@ async fn two_sidecars_agree_on_tls13_aes_128_gcm_and_a_hybrid_key_exchange() {
     let group = connection.negotiated_key_exchange_group().unwrap().name();
     assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
     assert_eq!(connection.alpn_protocol(), Some(ALPN));
+}
+
+#[tokio::test]
+async fn the_accepting_end_chooses_the_suite() {
+    let world = World::new();
+    let acceptor = world.acceptor(&world.store("shop/orders"));
+    let web = world.issuer.svid(&id("shop/web"));
+    let (near, far) = pipe();
+    let name = ServerName::try_from("x.invalid").unwrap();
+    let connector = TlsConnector::from(Arc::new(contrary_client(certified(&web), &[ALPN])));
+    let (connected, accepted) = tokio::join!(connector.connect(name, near), acceptor.accept(far));
+    accepted.unwrap();
+    let connected = connected.unwrap();
+    let (_, connection) = connected.get_ref();
+    let suite = connection.negotiated_cipher_suite().unwrap().suite();
+    assert_eq!(suite, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{DigitallySignedStruct, DistinguishedName, SignatureScheme};
@@ -87,7 +88,15 @@ impl ClientCertVerifier for Gullible {
 }
 
 pub fn hostile_client(shown: Option<Arc<CertifiedKey>>, alpn: &[&[u8]]) -> rustls::ClientConfig {
-    let builder = rustls::ClientConfig::builder_with_provider(crypto_provider())
+    client_of(crypto_provider(), shown, alpn)
+}
+
+fn client_of(
+    provider: Arc<CryptoProvider>,
+    shown: Option<Arc<CertifiedKey>>,
+    alpn: &[&[u8]],
+) -> rustls::ClientConfig {
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .dangerous()
@@ -98,6 +107,13 @@ pub fn hostile_client(shown: Option<Arc<CertifiedKey>>, alpn: &[&[u8]]) -> rustl
     };
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config
+}
+
+/// As [`hostile_client`], with our suites in the other order.
+pub fn contrary_client(shown: Arc<CertifiedKey>, alpn: &[&[u8]]) -> rustls::ClientConfig {
+    let mut provider = CryptoProvider::clone(&crypto_provider());
+    provider.cipher_suites.reverse();
+    client_of(Arc::new(provider), Some(shown), alpn)
 }
 
 pub fn hostile_server(shown: Arc<CertifiedKey>, alpn: &[&[u8]]) -> rustls::ServerConfig {
