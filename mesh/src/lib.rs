@@ -9,6 +9,7 @@ pub mod config;
 pub mod decision;
 pub mod diagnostics;
 pub mod explain;
+pub mod fast_map;
 pub mod host;
 pub mod path;
 pub mod policy;

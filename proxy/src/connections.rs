@@ -5,7 +5,6 @@
 //! was either decided by what is new, or is found here. Each worker has its own registry; no call
 //! waits for another worker's.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -13,6 +12,7 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 use sidegate_mesh::Decision;
+use sidegate_mesh::fast_map::FastMap;
 use sidegate_mtls::Peer;
 use tokio::sync::Notify;
 
@@ -90,7 +90,7 @@ pub struct CallSummary {
 /// The connections of one worker.
 #[derive(Debug, Default)]
 pub struct Registry {
-    links: Mutex<HashMap<u64, Arc<Link>>>,
+    links: Mutex<FastMap<u64, Arc<Link>>>,
     next: AtomicU64,
 }
 
@@ -152,7 +152,7 @@ pub struct Link {
     who: Who,
     address: SocketAddr,
     since: SystemTime,
-    calls: Mutex<HashMap<u64, Arc<Live>>>,
+    calls: Mutex<FastMap<u64, Arc<Live>>>,
     next: AtomicU64,
     cut: OnceLock<&'static str>,
     notify: Notify,

@@ -5,7 +5,6 @@
 //! its peer allows; it ends by the earlier `not_after` of its two ends, and as soon as its peer is no
 //! longer trusted; connections, and those who wait for one, are bounded and counted.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -14,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use http::Request;
+use sidegate_mesh::fast_map::FastMap;
 use sidegate_mesh::routes::Endpoint;
 use sidegate_mesh::{Clock, SpiffeId};
 use sidegate_mtls::{Connector, Peer};
@@ -36,13 +36,14 @@ pub struct Pool {
     pub(crate) shared: Arc<Shared>,
     connector: Connector,
     wire: WireLimits,
-    hosts: Mutex<HashMap<Key, Arc<Host>>>,
+    /// By address: there are several of one while its identity or our credentials change.
+    hosts: Mutex<FastMap<SocketAddr, Vec<Arc<Host>>>>,
     /// Takes the calls to this pod, which would not be redirected.
     own: Option<OwnCalls>,
 }
 
 /// What a connection is good for.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Debug)]
 struct Key {
     address: SocketAddr,
     identity: SpiffeId,
@@ -127,6 +128,9 @@ impl Pool {
     /// no credentials, and when a bound is reached.
     pub async fn checkout(self: &Arc<Self>, endpoint: &Endpoint) -> Result<Lease, RequestError> {
         let host = self.host(endpoint)?;
+        if let Some(lease) = Self::lease(&host, &mut host.lock()) {
+            return Ok(lease);
+        }
         let seen = host.lock().failures;
         let mut waiting = None;
         loop {
@@ -156,6 +160,7 @@ impl Pool {
         let hosts = lock(&self.hosts);
         hosts
             .values()
+            .flatten()
             .map(|host| host.lock())
             .map(|host| host.connections.len() + host.connecting)
             .sum()
@@ -168,33 +173,44 @@ impl Pool {
             .current()
             .ok_or(RequestError::NotReady)?
             .epoch();
-        let key = Key {
-            address: endpoint.address,
-            identity: endpoint.identity.clone(),
-            epoch,
-        };
         let mut hosts = lock(&self.hosts);
-        if let Some(host) = hosts.get(&key) {
+        let here = hosts.get(&endpoint.address).into_iter().flatten();
+        let mut same =
+            here.filter(|host| host.key.epoch == epoch && host.key.identity == endpoint.identity);
+        if let Some(host) = same.next() {
             return Ok(Arc::clone(host));
         }
         // Hosts without connections are those of endpoints and credentials that are gone.
-        hosts.retain(|_, host| Arc::strong_count(host) > 1 || !host.lock().is_unused());
+        hosts.retain(|_, here| {
+            here.retain(|host| Arc::strong_count(host) > 1 || !host.lock().is_unused());
+            !here.is_empty()
+        });
         let host = Arc::new(Host {
-            key: key.clone(),
+            key: Key {
+                address: endpoint.address,
+                identity: endpoint.identity.clone(),
+                epoch,
+            },
             state: Mutex::default(),
             changed: Notify::new(),
         });
-        hosts.insert(key, Arc::clone(&host));
+        let here = hosts.entry(endpoint.address).or_default();
+        here.push(Arc::clone(&host));
         Ok(host)
+    }
+
+    /// A place on an open connection.
+    fn lease(host: &Arc<Host>, state: &mut HostState) -> Option<Lease> {
+        let connection = state.with_room()?;
+        let slot = Slot::new(connection, host);
+        Some(Lease { slot })
     }
 
     /// A place on a connection, or the begin of a new connection.
     fn take(self: &Arc<Self>, host: &Arc<Host>, seen: u64) -> Take {
         let mut state = host.lock();
-        if let Some(connection) = state.with_room() {
-            return Take::Lease(Lease {
-                slot: Slot::new(connection, host),
-            });
+        if let Some(lease) = Self::lease(host, &mut state) {
+            return Take::Lease(lease);
         }
         let failed = state.failures > seen;
         if failed && state.connections.is_empty() && state.connecting == 0 {

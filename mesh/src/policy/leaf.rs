@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use super::symbols::{FastMap, Symbol};
+use super::symbols::Symbol;
+use crate::fast_map::FastMap;
 
 /// The place of a rule in the order in which matching rules are named: the lowest decides.
 pub(super) type Rank = u32;

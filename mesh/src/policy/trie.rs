@@ -15,7 +15,8 @@ mod automaton;
 use self::automaton::Automaton;
 use super::glob::{Glob, Segment};
 use super::leaf::{self, Entries, Key, Leaf, MethodSet, NO_RANK, Rank, Wanted};
-use super::symbols::{FastMap, Symbol, Symbols, UNKNOWN};
+use super::symbols::{Symbol, Symbols, UNKNOWN};
+use crate::fast_map::FastMap;
 
 /// How many segments of a path fit without allocation.
 const SEGMENTS_INLINE: usize = 32;

@@ -5,7 +5,6 @@
 //! message sees an abort. A request is sent a second time only when nothing of it was sent, or when
 //! it is safe, has no body and a kept connection ended without one byte of an answer.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +15,7 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
+use sidegate_mesh::fast_map::FastMap;
 use tokio::task::AbortHandle;
 
 use super::{Answer, Dialer, Exchange, Interims, Outgoing, informational_head, reset};
@@ -32,7 +32,7 @@ const IDLE_CONNECTIONS_MAX: usize = 64;
 pub(super) struct Pool {
     dialer: Dialer,
     limits: GuardLimits,
-    idle: Arc<Mutex<HashMap<SocketAddr, Vec<Idle>>>>,
+    idle: Arc<Mutex<FastMap<SocketAddr, Vec<Idle>>>>,
 }
 
 struct Idle {
@@ -178,7 +178,7 @@ impl Pool {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Vec<Idle>>> {
+    fn lock(&self) -> MutexGuard<'_, FastMap<SocketAddr, Vec<Idle>>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

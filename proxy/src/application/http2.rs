@@ -4,7 +4,6 @@
 //! own stream and nothing else. The `h2` crate itself, as between sidecars, since it keeps reset
 //! reasons and informational answers as they came.
 
-use std::collections::HashMap;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +15,7 @@ use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::{Request, Response};
 use http_body::Body as _;
+use sidegate_mesh::fast_map::FastMap;
 use tokio::task::AbortHandle;
 
 use super::{Answer, Dialer, Exchange, Interims, Outgoing, informational_head, reset};
@@ -34,7 +34,7 @@ const ATTEMPTS_MAX: usize = 3;
 pub(super) struct Pool {
     dialer: Dialer,
     limits: WireLimits,
-    open: Arc<Mutex<HashMap<SocketAddr, Target>>>,
+    open: Arc<Mutex<FastMap<SocketAddr, Target>>>,
 }
 
 #[derive(Default)]
@@ -222,7 +222,7 @@ impl Pool {
         Some(sending.abort_handle())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Target>> {
+    fn lock(&self) -> MutexGuard<'_, FastMap<SocketAddr, Target>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

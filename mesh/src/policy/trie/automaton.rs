@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::ControlFlow;
 
 use super::{EMPTY_SEGMENT, NO_NODE, NO_RANK, Node, NodeId, PathView, ROOT};
-use crate::policy::symbols::{FastMap, Symbol, UNKNOWN};
+use crate::fast_map::FastMap;
+use crate::policy::symbols::{Symbol, UNKNOWN};
 
 /// What a bound grants beyond a multiple of the trie's nodes.
 const ALLOWANCE: usize = 524_288;
