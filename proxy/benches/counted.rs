@@ -101,7 +101,7 @@ fn outbound(exchange: Exchange, limits: &WireLimits) -> Passed {
         mut request,
         mut response,
     } = exchange;
-    let head = headers::sanitize(&mut request, Sender::Application, limits)?;
+    let mut head = headers::sanitize(&mut request, Sender::Application, limits)?;
     let request = head.to_wire(Some(PORT))?;
     headers::sanitize_response(&mut response, Sender::Sidecar);
     Ok((request, response))

@@ -64,7 +64,8 @@ impl ByteCounters {
 /// One call while it runs.
 pub struct Call {
     shared: Arc<Shared>,
-    record: Record,
+    /// Boxed: a call is handed on several times, and this is most of it.
+    record: Box<Record>,
     started: Instant,
     forwarded: Option<Instant>,
     bytes: Arc<ByteCounters>,
@@ -76,7 +77,7 @@ impl Call {
     pub fn start(shared: &Arc<Shared>, direction: Direction) -> Self {
         shared.metrics.requests_in_flight.inc();
         Self {
-            record: empty_record(direction, shared.clock.now()),
+            record: Box::new(empty_record(direction, shared.clock.now())),
             shared: Arc::clone(shared),
             started: Instant::now(),
             forwarded: None,

@@ -179,14 +179,14 @@ pub async fn with_retry(
     let mut fresh = None;
     loop {
         let now = fresh.as_ref().unwrap_or(target);
-        let attempt = Attempt {
+        let attempt = Box::new(Attempt {
             call: Arc::clone(call),
             target: now.clone(),
             tried: tried.clone(),
             candidates: Vec::new(),
             chosen: Arc::default(),
             timeout: plan.per_try_timeout(),
-        };
+        });
         let chosen = Arc::clone(&attempt.chosen);
         let outcome = stack.clone().oneshot(attempt).await;
         let last = chosen.get().copied();
@@ -242,7 +242,7 @@ fn seen(outcome: &Result<Answer, Failure>) -> Outcome<'_> {
 /// # Errors
 ///
 /// [`Failure`], which says how far the try came.
-pub async fn dispatch(pool: Arc<Pool>, attempt: Attempt) -> Result<Answer, Failure> {
+pub async fn dispatch(pool: Arc<Pool>, attempt: Box<Attempt>) -> Result<Answer, Failure> {
     let index = attempt.chosen.get().copied();
     let index = index.ok_or_else(|| Failure::unsent(RequestError::NoEndpoint))?;
     let target = &attempt.target;

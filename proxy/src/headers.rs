@@ -5,6 +5,7 @@
 //! spelling. What hops need (`te`, `host`, `connection`, `upgrade`, our own headers) is written anew
 //! from parsed values when a head leaves. Only a certificate speaks for the peer.
 
+use bytes::{Bytes, BytesMut};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SEC_WEBSOCKET_KEY, TE,
     TRANSFER_ENCODING, UPGRADE,
@@ -53,6 +54,10 @@ const NEVER_TRAILERS: [HeaderName; 6] = [
     http::header::AUTHORIZATION,
     http::header::TRAILER,
 ];
+
+/// Most bytes of values that are copied into one block, which each of them keeps: HPACK's table may
+/// hold one of each of some fifty heads.
+const TOGETHER_MAX: usize = 256;
 
 /// Who sent a message to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,16 +232,17 @@ impl Head {
         }
     }
 
-    /// The request as it goes to another sidecar; `port` is the target port's number.
+    /// The request as it goes to another sidecar; `port` is the target port's number. The fields are
+    /// taken out of this head, so it is asked once.
     ///
     /// # Errors
     ///
     /// [`RequestError::BadRequest`] when the parts do not make a URI.
-    pub fn to_wire(&self, port: Option<u16>) -> Result<Request<()>, RequestError> {
+    pub fn to_wire(&mut self, port: Option<u16>) -> Result<Request<()>, RequestError> {
         let mut request = Request::new(());
         *request.version_mut() = Version::HTTP_2;
         *request.uri_mut() = self.uri()?;
-        let mut headers = self.headers.clone();
+        let mut headers = std::mem::take(&mut self.headers);
         headers.insert(
             wire::PROTOCOL,
             HeaderValue::from_static(self.spoken.as_str()),
@@ -542,9 +548,20 @@ fn detach(headers: &mut HeaderMap, version: Version) {
     if version == Version::HTTP_2 {
         return;
     }
+    let total = headers.values().map(HeaderValue::len).sum();
+    let mut together = BytesMut::new();
+    if total <= TOGETHER_MAX {
+        together.reserve(total);
+    }
     for value in headers.values_mut() {
+        let copy = if total <= TOGETHER_MAX {
+            together.extend_from_slice(value.as_bytes());
+            together.split().freeze()
+        } else {
+            Bytes::copy_from_slice(value.as_bytes())
+        };
         // What was a value once is one again.
-        if let Ok(mut copy) = HeaderValue::from_bytes(value.as_bytes()) {
+        if let Ok(mut copy) = HeaderValue::from_maybe_shared(copy) {
             copy.set_sensitive(value.is_sensitive());
             *value = copy;
         }

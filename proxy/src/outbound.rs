@@ -300,21 +300,21 @@ impl Outbound {
         caller: &mut Caller,
     ) -> Result<Exchange, RequestError> {
         let permit = self.admit()?;
-        let head = headers::sanitize(&mut parts, Sender::Application, &self.wire)
+        let mut head = headers::sanitize(&mut parts, Sender::Application, &self.wire)
             .inspect_err(|_| call.describe_refused(&parts))?;
         call.describe(&head);
         if head.kind != Kind::WebSocket {
             // Any other upgrade is ignored, and requests may follow.
             caller.upgrade = None;
         }
-        let (head, route) = self.select(call, head, &caller.destined).await?;
+        let route = self.select(call, &mut head, &caller.destined).await?;
         call.record().destination_service = Some(Arc::clone(&route.service));
         if !matches!(caller.destined, Destined::Authority) {
             call.record().authority = head.authority.as_ref().map(ToString::to_string);
         }
         let target = self.target(route);
         let body = respond::counted(body, call.counters());
-        let outgoing = Arc::new(self.outgoing(&head, &target, body, caller)?);
+        let outgoing = Arc::new(self.outgoing(&mut head, &target, body, caller)?);
         let answer = self
             .call(call, &outgoing, &target, &caller.destined)
             .await?;
@@ -341,7 +341,7 @@ impl Outbound {
     /// What each try sends.
     fn outgoing(
         &self,
-        head: &Head,
+        head: &mut Head,
         target: &Target,
         body: Body,
         caller: &Caller,
@@ -352,6 +352,9 @@ impl Outbound {
             Some(_) if tunnel => false,
             _ => !http_body::Body::is_end_stream(&body),
         };
+        let deadline = deadline::read(&head.headers)
+            .filter(|_| head.is_grpc())
+            .map(|patience| self.shared.clock.now() + patience);
         Ok(Outgoing {
             head: head.to_wire(caller.destined.named_port(&target.route))?,
             method: head.method.clone(),
@@ -369,9 +372,7 @@ impl Outbound {
                 Start::Now
             },
             interim: caller.interim.clone(),
-            deadline: deadline::read(&head.headers)
-                .filter(|_| head.is_grpc())
-                .map(|patience| self.shared.clock.now() + patience),
+            deadline,
             body_idle: self.shared.config.limits.request_body_idle_timeout,
             caller_failed: std::sync::OnceLock::new(),
         })

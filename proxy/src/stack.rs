@@ -21,7 +21,9 @@ use crate::pool::Pool;
 use crate::retry::{Stage, grpc_code};
 
 /// One try of an outbound call.
-pub type OutboundStack = BoxCloneSyncService<Attempt, Answer, Failure>;
+///
+/// The attempt is boxed, since each layer hands it on.
+pub type OutboundStack = BoxCloneSyncService<Box<Attempt>, Answer, Failure>;
 
 /// Builds the stack of one worker's outbound calls.
 pub fn outbound(pool: Arc<Pool>, clock: Arc<dyn Clock>) -> OutboundStack {
@@ -47,9 +49,13 @@ fn clone<S: Clone>(service: &S) -> S {
 }
 
 /// Gives a try its time until the head of the response.
-async fn timeout<S>(inner: S, clock: Arc<dyn Clock>, attempt: Attempt) -> Result<Answer, Failure>
+async fn timeout<S>(
+    inner: S,
+    clock: Arc<dyn Clock>,
+    attempt: Box<Attempt>,
+) -> Result<Answer, Failure>
 where
-    S: Service<Attempt, Response = Answer, Error = Failure>,
+    S: Service<Box<Attempt>, Response = Answer, Error = Failure>,
 {
     let Some(limit) = attempt.timeout else {
         return inner.oneshot(attempt).await;
@@ -75,9 +81,9 @@ fn timed_out(limit: Duration) -> Failure {
 }
 
 /// Leaves out endpoints that fail, and learns from the outcome which do.
-async fn outlier<S>(inner: S, mut attempt: Attempt) -> Result<Answer, Failure>
+async fn outlier<S>(inner: S, mut attempt: Box<Attempt>) -> Result<Answer, Failure>
 where
-    S: Service<Attempt, Response = Answer, Error = Failure>,
+    S: Service<Box<Attempt>, Response = Answer, Error = Failure>,
 {
     attempt.candidates = attempt.target.candidates(&attempt.tried);
     let (chosen, target) = (Arc::clone(&attempt.chosen), attempt.target.clone());
@@ -115,9 +121,9 @@ fn is_failure(answer: &Answer) -> bool {
 }
 
 /// Chooses the endpoint.
-async fn balance<S>(inner: S, attempt: Attempt) -> Result<Answer, Failure>
+async fn balance<S>(inner: S, attempt: Box<Attempt>) -> Result<Answer, Failure>
 where
-    S: Service<Attempt, Response = Answer, Error = Failure>,
+    S: Service<Box<Attempt>, Response = Answer, Error = Failure>,
 {
     match attempt.target.choose(&attempt.candidates) {
         Some(index) => {

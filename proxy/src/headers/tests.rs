@@ -110,11 +110,11 @@ fn nominating_our_own_headers_does_not_remove_what_we_add() {
             "x-forwarded-client-cert, sidegate-client-id, sidegate-protocol",
         ),
     ]);
-    let head = head.unwrap();
+    let mut head = head.unwrap();
+    let request = head.to_application(Some(&WEB.parse().unwrap())).unwrap();
     let wire = head.to_wire(Some(8080)).unwrap();
     assert_eq!(wire.headers()[wire::PROTOCOL], "http/1.1");
     assert_eq!(wire.headers()[wire::PORT], "8080");
-    let request = head.to_application(Some(&WEB.parse().unwrap())).unwrap();
     assert_eq!(request.headers()[CLIENT_ID], WEB);
 }
 

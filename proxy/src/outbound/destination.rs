@@ -251,18 +251,18 @@ impl Outbound {
         }
     }
 
-    /// The route of one request, and its head as it is forwarded.
+    /// The route of one request; its head becomes what is forwarded.
     pub(super) async fn select(
         &self,
         call: &mut Call,
-        mut head: Head,
+        head: &mut Head,
         destined: &Destined,
-    ) -> Result<(Head, Arc<Route>), RequestError> {
+    ) -> Result<Arc<Route>, RequestError> {
         let route = match destined {
             Destined::Authority => {
                 let snapshot = self.shared.state.current().ok_or(RequestError::NotReady)?;
                 call.record().snapshot = Some(snapshot.number);
-                by_authority(&snapshot.routes, &head)?
+                by_authority(&snapshot.routes, head)?
             }
             Destined::Bound(bound) => {
                 // What the application wrote there is an address of this machine.
@@ -280,7 +280,7 @@ impl Outbound {
         if route.protocol == PortProtocol::Tcp {
             return Err(RequestError::NotCarried { reason: "http" });
         }
-        Ok((head, route))
+        Ok(route)
     }
 
     /// What is known of `route`'s service.
