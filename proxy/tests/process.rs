@@ -34,7 +34,11 @@ fn run(arguments: &[&str]) -> Output {
 fn the_allocator_is_set_up() {
     // Compiled in from `.cargo/config.toml`, which cargo reads only below this folder.
     let found = Command::new("grep")
-        .args(["-qaF", "narenas:1,dirty_decay_ms:1000", PROGRAM])
+        .args([
+            "-qaF",
+            "narenas:1,tcache_nslots_small_max:24,dirty_decay_ms:1000",
+            PROGRAM,
+        ])
         .status();
     assert!(found.unwrap().success());
 }
