@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use bytes::Bytes;
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
@@ -135,6 +136,9 @@ pub(crate) struct Run {
     /// Its private key, PEM.
     #[arg(long, value_name = "FILE", requires = "cert")]
     key: Option<PathBuf>,
+    /// The application protocol to offer within TLS, instead of http/1.1 or h2.
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    alpn: Option<String>,
     #[command(flatten)]
     output: Output,
 }
@@ -238,7 +242,7 @@ pub(crate) struct Compare {
     /// Load before that, not measured.
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
     pub(crate) warmup: Duration,
-    /// Exit with 1 when Sidegate's CPU per hop is above this multiple of Envoy's, in any load.
+    /// Exit with 1 when Sidegate's CPU per hop is above this multiple of Envoy's in every repetition of a load.
     #[arg(long, value_name = "RATIO", value_parser = compare::limit::parse)]
     pub(crate) cpu_ratio_max: Option<f64>,
     #[command(flatten)]
@@ -341,6 +345,7 @@ impl Run {
                 ca: self.ca.clone(),
                 cert: self.cert.clone(),
                 key: self.key.clone(),
+                alpn: self.alpn.clone(),
                 ..TlsFiles::default()
             },
         })

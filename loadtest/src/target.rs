@@ -71,7 +71,7 @@ pub(crate) struct TlsFiles {
     pub(crate) cert: Option<PathBuf>,
     pub(crate) key: Option<PathBuf>,
     /// The one application protocol to offer, instead of that of HTTP/1 or HTTP/2.
-    pub(crate) alpn: Option<&'static str>,
+    pub(crate) alpn: Option<String>,
     pub(crate) key_exchange: KeyExchange,
 }
 
@@ -124,7 +124,7 @@ impl Target {
             } else {
                 "h2"
             };
-            let alpn = call.tls.alpn.unwrap_or(usual);
+            let alpn = call.tls.alpn.as_deref().unwrap_or(usual);
             let name = ServerName::try_from(url.host.clone())
                 .with_context(|| format!("{} is no name for TLS", url.host))?;
             Some((Arc::new(tls::client(&call.tls, alpn)?), name))

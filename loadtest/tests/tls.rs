@@ -133,6 +133,11 @@ fn server_is_verified_and_the_client_shows_its_certificate() {
     );
     check("127.0.0.1", &format!("--insecure {own}"), "");
     check(
+        "localhost",
+        &format!("--ca root.pem {own} --alpn sidegate/1"),
+        "TLS handshake",
+    );
+    check(
         "127.0.0.1",
         &format!("--ca root.pem {own}"),
         "TLS handshake",

@@ -142,7 +142,7 @@ fn inbound(folder: &Path, address: SocketAddr) -> Inbound {
             insecure: true,
             cert: Some(svid.clone()),
             key: Some(svid),
-            alpn: Some("sidegate/1"),
+            alpn: Some("sidegate/1".to_owned()),
             ..TlsFiles::default()
         },
     }
