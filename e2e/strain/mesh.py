@@ -204,13 +204,14 @@ spec:
         return result(self.begin_load(*flags, **where))
 
 
-def result(load):
-    """What a load measured, at its end; each of its calls must have been answered with 200."""
+def result(load, unfinished_allowed=False):
+    """What a load measured, at its end; each call that ended must have been answered with 200."""
     output, said = load.communicate(timeout=LOAD_SECONDS_MAX)
     expect(load.returncode == 0, f"the load ended with {load.returncode}:", said.decode())
     run = json.loads(output)["runs"][0]
     counts = run["counts"]
-    expect(counts["failed"] == counts["unfinished"] == 0, counts, run["errors"])
+    expect(counts["failed"] == 0, counts, run["errors"])
+    expect(unfinished_allowed or counts["unfinished"] == 0, counts)
     expect(run["statuses"] == {"200": counts["answered"]}, run["statuses"], counts)
     return run
 
