@@ -24,8 +24,9 @@ use crate::error::RequestError;
 use crate::http1::{ClientGuard, ClientHandle, GuardLimits, Rejection};
 use crate::wire::tunnel::Abort;
 
-/// Most unused connections that are kept to one address.
-const IDLE_CONNECTIONS_MAX: usize = 64;
+/// Most unused connections that are kept to one address: calls of hundreds come and go in bursts, and
+/// each connection that is not kept is made anew.
+const IDLE_CONNECTIONS_MAX: usize = 512;
 
 /// The connections of one worker.
 #[derive(Clone)]
