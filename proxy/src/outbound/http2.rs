@@ -111,13 +111,14 @@ impl Outbound {
         let open = Open(Arc::clone(streams));
         let (this, connection) = (Arc::clone(self), Arc::clone(connection));
         let tasks = self.shared.drain.tasks();
-        tasks.spawn(async move {
+        // Boxed, since a task is moved several times before and after it runs, and this one is large.
+        tasks.spawn(Box::pin(async move {
             tokio::select! {
                 () = this.serve_stream(request, respond, &connection) => {}
                 () = this.shared.drain.deadline() => {}
             }
             drop(open);
-        });
+        }));
     }
 
     async fn serve_stream(
