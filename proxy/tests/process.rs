@@ -36,7 +36,7 @@ fn the_allocator_is_set_up() {
     let found = Command::new("grep")
         .args([
             "-qaF",
-            "narenas:1,tcache_nslots_small_max:24,dirty_decay_ms:1000",
+            "narenas:1,tcache_nslots_small_max:64,dirty_decay_ms:1000",
             PROGRAM,
         ])
         .status();
