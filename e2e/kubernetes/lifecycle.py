@@ -88,7 +88,8 @@ def node_side_eviction(cluster):
     constant = load(cluster, "pressed")
     until("the pod is called", lambda: cluster.counted(NS, "evicted", "sidegate_requests_total", direction="inbound") > 10)
     cluster.exec(NS, "evicted", "filler", "dd", "if=/dev/zero", "of=/scratch/full", "bs=1M", "count=8", code=None)
-    until("the kubelet evicts it", lambda: cluster.pod(NS, "evicted")["status"].get("reason") == "Evicted", seconds=90)
+    # A kubelet measures a volume once in one to two minutes (volumeStatsAggPeriod, with jitter).
+    until("the kubelet evicts it", lambda: cluster.pod(NS, "evicted")["status"].get("reason") == "Evicted", seconds=180)
     constant.more(100)
     print(f"      {constant.stop_without_failure()} calls, none failed")
     cluster.kubectl("-n", NS, "delete", "pod", "evicted", "--wait=false")
