@@ -92,7 +92,7 @@ impl ProvenSignatures {
 /// One algorithm, and what it has found good before.
 #[derive(Debug)]
 struct Recalling<'a> {
-    algorithm: &'static dyn SignatureVerificationAlgorithm,
+    algorithm: &'a dyn SignatureVerificationAlgorithm,
     proven: &'a ProvenSignatures,
 }
 
@@ -154,19 +154,23 @@ mod tests {
     }
 
     impl Counting {
-        fn new(key: &'static [u8], hash: &'static [u8]) -> &'static Self {
-            Box::leak(Box::new(Self {
+        fn new(key: &'static str, hash: &'static str) -> Self {
+            Self {
                 asked: AtomicUsize::new(0),
-                key,
-                hash,
-            }))
+                key: key.as_bytes(),
+                hash: hash.as_bytes(),
+            }
+        }
+
+        fn p256() -> Self {
+            Self::new("p256", "sha256")
         }
 
         fn asked(&self) -> usize {
             self.asked.load(Ordering::Relaxed)
         }
 
-        fn recalling<'a>(&'static self, proven: &'a ProvenSignatures) -> Recalling<'a> {
+        fn recalling<'a>(&'a self, proven: &'a ProvenSignatures) -> Recalling<'a> {
             Recalling {
                 algorithm: self,
                 proven,
@@ -196,10 +200,7 @@ mod tests {
 
     #[test]
     fn what_was_good_is_computed_once_and_what_was_not_each_time() {
-        let (proven, algorithm) = (
-            ProvenSignatures::default(),
-            Counting::new(b"p256", b"sha256"),
-        );
+        let (proven, algorithm) = (ProvenSignatures::default(), Counting::p256());
         let recalling = algorithm.recalling(&proven);
         for _ in 0..3 {
             assert!(recalling.verify_signature(b"k", b"m", b"good").is_ok());
@@ -210,10 +211,7 @@ mod tests {
 
     #[test]
     fn another_key_or_message_is_not_the_same_though_its_bytes_join_to_the_same() {
-        let (proven, algorithm) = (
-            ProvenSignatures::default(),
-            Counting::new(b"p256", b"sha256"),
-        );
+        let (proven, algorithm) = (ProvenSignatures::default(), Counting::p256());
         let recalling = algorithm.recalling(&proven);
         for (key, message) in [("k", "m"), ("km", ""), ("", "km"), ("k", "n")] {
             let good = recalling.verify_signature(key.as_bytes(), message.as_bytes(), b"good");
@@ -226,7 +224,7 @@ mod tests {
     fn what_one_algorithm_found_good_is_nothing_to_another() {
         let proven = ProvenSignatures::default();
         for (key, hash) in [("p256", "sha256"), ("p384", "sha256"), ("p256", "sha384")] {
-            let algorithm = Counting::new(key.as_bytes(), hash.as_bytes());
+            let algorithm = Counting::new(key, hash);
             let recalling = algorithm.recalling(&proven);
             assert!(recalling.verify_signature(b"k", b"m", b"good").is_ok());
             assert_eq!(algorithm.asked(), 1, "{key} {hash}");
@@ -235,10 +233,7 @@ mod tests {
 
     #[test]
     fn memory_is_bounded_and_what_is_used_stays() {
-        let (proven, algorithm) = (
-            ProvenSignatures::default(),
-            Counting::new(b"p256", b"sha256"),
-        );
+        let (proven, algorithm) = (ProvenSignatures::default(), Counting::p256());
         let recalling = algorithm.recalling(&proven);
         let verify = |key: usize| recalling.verify_signature(&key.to_be_bytes(), b"m", b"good");
         for key in 0..5 * REMEMBERED {
