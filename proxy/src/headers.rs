@@ -549,16 +549,14 @@ fn detach(headers: &mut HeaderMap, version: Version) {
         return;
     }
     let total = headers.values().map(HeaderValue::len).sum();
-    let mut together = BytesMut::new();
-    if total <= TOGETHER_MAX {
-        together.reserve(total);
-    }
+    let mut block = (total <= TOGETHER_MAX).then(|| BytesMut::with_capacity(total));
     for value in headers.values_mut() {
-        let copy = if total <= TOGETHER_MAX {
-            together.extend_from_slice(value.as_bytes());
-            together.split().freeze()
-        } else {
-            Bytes::copy_from_slice(value.as_bytes())
+        let copy = match &mut block {
+            Some(block) => {
+                block.extend_from_slice(value.as_bytes());
+                block.split().freeze()
+            }
+            None => Bytes::copy_from_slice(value.as_bytes()),
         };
         // What was a value once is one again.
         if let Ok(mut copy) = HeaderValue::from_maybe_shared(copy) {

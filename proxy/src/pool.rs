@@ -128,10 +128,13 @@ impl Pool {
     /// no credentials, and when a bound is reached.
     pub async fn checkout(self: &Arc<Self>, endpoint: &Endpoint) -> Result<Lease, RequestError> {
         let host = self.host(endpoint)?;
-        if let Some(lease) = Self::lease(&host, &mut host.lock()) {
-            return Ok(lease);
-        }
-        let seen = host.lock().failures;
+        let seen = {
+            let mut state = host.lock();
+            if let Some(lease) = Self::lease(&host, &mut state) {
+                return Ok(lease);
+            }
+            state.failures
+        };
         let mut waiting = None;
         loop {
             let changed = host.changed.notified();
@@ -174,10 +177,10 @@ impl Pool {
             .ok_or(RequestError::NotReady)?
             .epoch();
         let mut hosts = lock(&self.hosts);
-        let here = hosts.get(&endpoint.address).into_iter().flatten();
-        let mut same =
-            here.filter(|host| host.key.epoch == epoch && host.key.identity == endpoint.identity);
-        if let Some(host) = same.next() {
+        let mut here = hosts.get(&endpoint.address).into_iter().flatten();
+        let same =
+            here.find(|host| host.key.epoch == epoch && host.key.identity == endpoint.identity);
+        if let Some(host) = same {
             return Ok(Arc::clone(host));
         }
         // Hosts without connections are those of endpoints and credentials that are gone.
