@@ -194,11 +194,15 @@ spec:
         expect(done.returncode == 0, program, *arguments, done.stderr)
         return done.stdout
 
+    def begin_run(self, *flags, nice=0):
+        """Starts a load, for `result` to read."""
+        return self.start("sidegate-loadtest", "run", "-o", "json", *map(str, flags), nice=nice,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
     def begin_load(self, *flags, caller="caller", called="called", nice=0):
         """Starts to call `called` through the sidecar of `caller`."""
-        return self.start(
-            "sidegate-loadtest", "run", "--url", f"http://{called}.{NAMESPACE}/bytes/100", "-x", self[caller].outbound,
-            "-o", "json", *map(str, flags), nice=nice, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return self.begin_run("--url", f"http://{called}.{NAMESPACE}/bytes/100", "-x", self[caller].outbound, *flags,
+                              nice=nice)
 
     def load(self, *flags, **where):
         return result(self.begin_load(*flags, **where))

@@ -16,7 +16,6 @@ import pathlib
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -79,11 +78,10 @@ def begin_storm(mesh):
     """Offers new mTLS connections, each with a call, to the called sidecar, with the calling one's certificate."""
     called, svid = mesh["called"], mesh["caller"].svid
     # Callers are elsewhere: they take what CPU the mesh leaves.
-    return mesh.start(
-        "sidegate-loadtest", "run", "--url", f"https://{called.inbound}/bytes/100", "--protocol", "http2",
-        "--alpn", "sidegate/1", "-H", "sidegate-protocol: http/1.1", "--insecure", "--cert", svid, "--key", svid,
-        "--new-connections", "--connections", "64", "--rate", str(STORM_RATE), "--warmup", "0s",
-        "--duration", f"{STORM_SECONDS}s", "-o", "json", nice=19, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return mesh.begin_run(
+        "--url", f"https://{called.inbound}/bytes/100", "--protocol", "http2", "--alpn", "sidegate/1",
+        "-H", "sidegate-protocol: http/1.1", "--insecure", "--cert", svid, "--key", svid, "--new-connections",
+        "--connections", 64, "--rate", STORM_RATE, "--warmup", "0s", "--duration", f"{STORM_SECONDS}s", nice=19)
 
 
 @check
