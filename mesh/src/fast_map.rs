@@ -1,8 +1,8 @@
 //! Maps for what is looked up at every call.
 //!
 //! Invariant: no caller chooses a key: they are a policy's own names, numbers that count up, and
-//! addresses that calls go to. Whoever writes policies or endpoints could make theirs collide, and would slow
-//! down the calls to their own workload; what many tenants fill has the standard map.
+//! addresses that calls go to. Whoever writes policies or endpoints could make theirs collide, and
+//! would slow down the calls to their own workload; what many tenants fill has the standard map.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
