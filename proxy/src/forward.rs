@@ -25,7 +25,7 @@ use tower::ServiceExt;
 use crate::balance::{Load, Target};
 use crate::body::BodyError;
 use crate::error::{RequestError, reason_words};
-use crate::outbound::deadline;
+use crate::grpc_timeout;
 use crate::outbound::replay::{Reader, Replay};
 use crate::pool::{Lease, Pool, Slot};
 use crate::retry::{Next, Outcome, Plan, Stage, Subject};
@@ -91,7 +91,7 @@ impl Outgoing {
         let mut request = self.head.clone();
         if let (Some(deadline), Some(_)) = (self.deadline, &self.grpc) {
             let left = deadline.duration_since(now).unwrap_or_default();
-            deadline::write(request.headers_mut(), left);
+            grpc_timeout::write(request.headers_mut(), left);
         }
         request
     }

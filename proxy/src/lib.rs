@@ -15,6 +15,7 @@ pub mod detect;
 pub mod drain;
 pub mod error;
 pub mod forward;
+pub mod grpc_timeout;
 pub mod headers;
 pub mod health;
 pub mod http1;

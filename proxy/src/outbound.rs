@@ -28,6 +28,7 @@ use crate::config::ServicePort;
 use crate::detect::{self, Detected, Expected, Prefixed, SILENCE};
 use crate::error::RequestError;
 use crate::forward::{self, Answer, Forwarded, Interim, Outgoing, Start};
+use crate::grpc_timeout;
 use crate::headers::{self, Head, Kind, Sender};
 use crate::http1::{self as guarded, GuardHandle, GuardLimits, UpgradeGate};
 use crate::inbound::OwnCalls;
@@ -39,7 +40,6 @@ use crate::stack::{self, OutboundStack};
 use crate::wire::WireLimits;
 use crate::wire::tunnel::{Abort, Abortable};
 
-pub mod deadline;
 pub mod replay;
 
 mod destination;
@@ -352,7 +352,7 @@ impl Outbound {
             Some(_) if tunnel => false,
             _ => !http_body::Body::is_end_stream(&body),
         };
-        let deadline = deadline::read(&head.headers)
+        let deadline = grpc_timeout::read(&head.headers)
             .filter(|_| head.is_grpc())
             .map(|patience| self.shared.clock.now() + patience);
         Ok(Outgoing {

@@ -20,6 +20,7 @@ use crate::authorize;
 use crate::call::Call;
 use crate::connections::{Ending, Link, LiveGuard, Subject};
 use crate::error::RequestError;
+use crate::grpc_timeout;
 use crate::headers::{self, Head, Kind, Sender};
 use crate::limits::Permit;
 use crate::shared::Shared;
@@ -85,7 +86,10 @@ async fn handle_request(
     let live = register(shared, &session.link, subject.clone(), call);
     let _permit = admit(shared, &session.link, &subject, call)?;
     call.record().destination_address = Some(target.address.into());
-    let deadline = grpc_deadline(&head);
+    let deadline = head
+        .is_grpc()
+        .then(|| grpc_timeout::read(&head.headers))
+        .flatten();
     let exchange = exchange::Exchange {
         session,
         head: &head,
@@ -206,27 +210,6 @@ async fn expire(session: &Session, deadline: Option<Duration>) -> RequestError {
     }
 }
 
-fn grpc_deadline(head: &Head) -> Option<Duration> {
-    head.is_grpc().then(|| grpc_timeout(&head.headers))?
-}
-
-/// `grpc-timeout`: at most eight digits and a unit. Anything else is no timeout.
-fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let plain = (1..=8).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
-    let amount: u64 = digits.parse().ok().filter(|_| plain)?;
-    Some(match unit {
-        "H" => Duration::from_secs(amount * 3600),
-        "M" => Duration::from_secs(amount * 60),
-        "S" => Duration::from_secs(amount),
-        "m" => Duration::from_millis(amount),
-        "u" => Duration::from_micros(amount),
-        "n" => Duration::from_nanos(amount),
-        _ => return None,
-    })
-}
-
 /// Whether the `:protocol` of a request is `name`.
 pub(super) fn has_protocol<B>(request: &Request<B>, name: &str) -> bool {
     let protocol = request.extensions().get::<h2::ext::Protocol>();
@@ -235,30 +218,3 @@ pub(super) fn has_protocol<B>(request: &Request<B>, name: &str) -> bool {
 
 /// The `:protocol` of opaque bytes.
 pub(super) const OPAQUE: &str = wire::TCP;
-
-#[cfg(test)]
-mod tests {
-    use http::HeaderValue;
-
-    use super::*;
-
-    #[track_caller]
-    fn check(text: &'static str, expected: Option<Duration>) {
-        let mut headers = HeaderMap::new();
-        headers.insert("grpc-timeout", HeaderValue::from_static(text));
-        assert_eq!(grpc_timeout(&headers), expected, "{text}");
-    }
-
-    #[test]
-    fn a_grpc_timeout_is_eight_digits_and_a_unit() {
-        check("1S", Some(Duration::from_secs(1)));
-        check("99999999H", Some(Duration::from_hours(99_999_999)));
-        check("250m", Some(Duration::from_millis(250)));
-        check("7u", Some(Duration::from_micros(7)));
-        check("7n", Some(Duration::from_nanos(7)));
-        check("2M", Some(Duration::from_mins(2)));
-        for text in ["", "S", "1", "123456789S", "-1S", "+1S", "1s", "1.5S"] {
-            check(text, None);
-        }
-    }
-}
