@@ -54,7 +54,9 @@ impl Exchange<'_> {
         progress.watch_pauses(false);
         let passed = pass_on(answer.response, reply, call).await;
         passed.map_err(|error| of_caller(error, &progress))?;
-        self.linger(&progress).await;
+        if !progress.is_done() {
+            self.linger(&progress).await;
+        }
         if progress.is_done() && progress.failure().is_none() {
             answer.exchange.finish();
         }
