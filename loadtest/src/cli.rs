@@ -50,11 +50,11 @@ pub(crate) enum Command {
     )]
     Run(Box<Run>),
     /// Measure the same calls direct, through Sidegate and through Envoy, and report the costs.
-    #[command(after_help = "Example: sidegate-loadtest compare --bin-dir target/dist")]
+    #[command(after_help = "Example: sidegate-loadtest compare --bin-dir target/binaries")]
     Compare(Box<Compare>),
     /// Measure how latency, CPU and memory grow with the load and with what it meets.
     #[command(
-        after_help = "Example: sidegate-loadtest sweep --bin-dir target/dist --series load,rules"
+        after_help = "Example: sidegate-loadtest sweep --bin-dir target/binaries --series load,rules"
     )]
     Sweep(Box<Sweep>),
     /// Put runs that were made elsewhere together: one report, and what was added over `direct`.
@@ -171,7 +171,7 @@ enum Format {
 /// Where the programs that are measured come from.
 #[derive(Args, Debug)]
 pub(crate) struct Programs {
-    /// Folder with sidegate-proxy and sidegate-ca; without it they are built with the profile `dist`.
+    /// Folder with sidegate-proxy and sidegate-ca; without it deploy/binaries builds them.
     #[arg(long, value_name = "DIR")]
     pub(crate) bin_dir: Option<PathBuf>,
     /// Envoy's binary; by default `envoy` on PATH. Without one, Envoy is left out.
@@ -201,7 +201,7 @@ pub(crate) struct Sweep {
         default_value = "direct,sidegate"
     )]
     pub(crate) targets: Vec<String>,
-    /// Only these series: load, connections, idle, payload, rules.
+    /// Only these series: load, connections, idle, payload, rules, log, mtls.
     #[arg(long, value_delimiter = ',', value_name = "SERIES")]
     pub(crate) series: Vec<String>,
     /// How long each point is measured.

@@ -29,7 +29,7 @@ use crate::target::{Call, Target};
 use crate::usage::{Cpu, of_process, resident_kib};
 
 mod certificates;
-mod envoy;
+pub(crate) mod envoy;
 mod gate;
 mod haproxy;
 mod held;

@@ -16,7 +16,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::cli::{Sweep, Usage, threads_default};
-use crate::compare::launch::{Launcher, TARGETS};
+use crate::compare::envoy::Duties;
+use crate::compare::launch::{Launcher, Setup, TARGETS};
 use crate::compare::peer::Peer;
 use crate::compare::{BackendProcess, Folder, REPORT, SETTLE, Work, chosen, idle, put, told};
 use crate::engine::Load;
@@ -31,7 +32,9 @@ const CONNECTIONS: &str = "connections";
 const IDLE: &str = "idle";
 const PAYLOAD: &str = "payload";
 const RULES: &str = "rules";
-const SERIES: &[&str] = &[LOAD, CONNECTIONS, IDLE, PAYLOAD, RULES];
+const LOG: &str = "log";
+const MTLS: &str = "mtls";
+const SERIES: &[&str] = &[LOAD, CONNECTIONS, IDLE, PAYLOAD, RULES, LOG, MTLS];
 
 /// Shares of what a closed loop reached, in percent.
 const RATES: &[u32] = &[10, 25, 50, 70, 80, 90, 100, 110];
@@ -45,7 +48,8 @@ const ANSWER_BYTES: u32 = 100;
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub(crate) struct Point {
     pub(crate) series: String,
-    /// Connections, bytes, rules; in the load series calls a second, 0 for the closed loop.
+    /// Connections, bytes, rules; 1 for on and 0 for off; in the load series calls a second, 0 for the closed
+    /// loop.
     pub(crate) x: f64,
     pub(crate) target: String,
     /// The name of its run's load.
@@ -101,7 +105,9 @@ pub(crate) async fn sweep(mut options: Sweep) -> anyhow::Result<ExitCode> {
         started = starting => started?,
         () = told(interrupt.clone()) => bail!("interrupted before anything was measured"),
     };
-    notes.push("Sidegate's mutual TLS and access log cannot be turned off, so there is no point without them.".to_owned());
+    if targets.contains(&OWN) {
+        notes.push("Sidegate's mutual TLS and access log cannot be turned off, so it has no point without them; Envoy (--targets) has.".to_owned());
+    }
     for note in &notes {
         writeln!(io::stderr(), "{note}")?;
     }
@@ -113,13 +119,7 @@ pub(crate) async fn sweep(mut options: Sweep) -> anyhow::Result<ExitCode> {
         points: Vec::new(),
     };
     for series in series {
-        match series {
-            LOAD => sweeping.load().await?,
-            CONNECTIONS => sweeping.connections().await?,
-            IDLE => sweeping.idle().await?,
-            PAYLOAD => sweeping.payload().await?,
-            _ => sweeping.rules(&launcher, &targets).await?,
-        }
+        sweeping.series(series, &launcher, &targets).await?;
     }
     let results = sweeping.results(notes);
     let fine = options
@@ -170,6 +170,22 @@ impl Sweeping<'_> {
             results.versions.extend(peer.versions.clone());
         }
         results
+    }
+
+    async fn series(
+        &mut self,
+        series: &'static str,
+        launcher: &Launcher,
+        targets: &[&str],
+    ) -> anyhow::Result<()> {
+        match series {
+            LOAD => self.load().await,
+            CONNECTIONS => self.connections().await,
+            IDLE => self.idle().await,
+            PAYLOAD => self.payload().await,
+            RULES => self.rules(launcher, targets).await,
+            duty => self.duty(duty, launcher).await,
+        }
     }
 
     /// A closed loop first; then rates up to and above what it reached.
@@ -262,17 +278,55 @@ impl Sweeping<'_> {
             }
             let name = format!("rules: {rules}");
             let purpose = format!("rules-{rules}");
-            let starting = launcher.start_with(OWN, &purpose, usize::try_from(rules)?);
-            let mut peer = tokio::select! {
-                started = starting => started.context(name.clone())?,
-                () = told(self.interrupt.clone()) => return Ok(()),
+            let setup = Setup {
+                rules: usize::try_from(rules)?,
+                ..Setup::default()
             };
-            tokio::time::sleep(SETTLE).await;
-            peer.note_idle();
-            self.point((RULES, f64::from(rules)), &name, &peer, STEADY)
+            let starting = launcher.start_with(OWN, &purpose, setup);
+            self.started((RULES, f64::from(rules)), &name, starting)
                 .await?;
         }
         Ok(())
+    }
+
+    /// Every target as it is, and those that can do without one of their duties without it.
+    async fn duty(&mut self, duty: &'static str, launcher: &Launcher) -> anyhow::Result<()> {
+        for peer in self.peers {
+            self.point((duty, 1.0), &format!("{duty}: on"), peer, STEADY)
+                .await?;
+            if !peer.name.starts_with("envoy") || *self.interrupt.borrow() {
+                continue;
+            }
+            let duties = Duties {
+                log: duty != LOG,
+                mtls: duty != MTLS,
+            };
+            let setup = Setup {
+                duties,
+                ..Setup::default()
+            };
+            let purpose = format!("without-{duty}");
+            let starting = launcher.start_with(&peer.name, &purpose, setup);
+            self.started((duty, 0.0), &format!("{duty}: off"), starting)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// One point of a target that is started for it.
+    async fn started(
+        &mut self,
+        at: (&str, f64),
+        name: &str,
+        starting: impl Future<Output = anyhow::Result<Peer>>,
+    ) -> anyhow::Result<()> {
+        let mut peer = tokio::select! {
+            started = starting => started.context(name.to_owned())?,
+            () = told(self.interrupt.clone()) => return Ok(()),
+        };
+        tokio::time::sleep(SETTLE).await;
+        peer.note_idle();
+        self.point(at, name, &peer, STEADY).await
     }
 
     async fn point(

@@ -48,6 +48,24 @@ impl Mode {
     }
 }
 
+/// What a pair does to each call besides passing it on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Duties {
+    /// A JSON line in a file.
+    pub(crate) log: bool,
+    /// Between the two; without it a rule knows no caller, and holds for any.
+    pub(crate) mtls: bool,
+}
+
+impl Default for Duties {
+    fn default() -> Self {
+        Self {
+            log: true,
+            mtls: true,
+        }
+    }
+}
+
 /// Envoy's binary, installed first when that is asked for; none when there is none.
 ///
 /// # Errors
@@ -107,7 +125,7 @@ pub(crate) async fn start(
     binary: &Path,
     folder: &Path,
     backend: SocketAddr,
-    mode: Mode,
+    (mode, duties): (Mode, Duties),
 ) -> anyhow::Result<Peer> {
     fs::create_dir_all(folder)?;
     certificates::write(folder, &["caller", "called"])?;
@@ -116,7 +134,7 @@ pub(crate) async fn start(
         name: mode.target().to_owned(),
         authority: outbound.to_string(),
         grpc: mode == Mode::Http2,
-        inbound: Some(called(folder, inbound, mode)),
+        inbound: duties.mtls.then(|| called(folder, inbound, mode)),
         ..Peer::default()
     };
     let mut version = Command::new(binary);
@@ -126,9 +144,13 @@ pub(crate) async fn start(
         (
             "caller",
             outbound,
-            caller_config(folder, outbound, inbound, mode),
+            caller_config(folder, (outbound, inbound), (mode, duties)),
         ),
-        ("called", inbound, called_config(folder, inbound, backend)),
+        (
+            "called",
+            inbound,
+            called_config(folder, (inbound, backend), duties),
+        ),
     ];
     for (name, address, config) in ends {
         let text = serde_json::to_string_pretty(&config)?;
@@ -171,29 +193,43 @@ fn called(folder: &Path, address: SocketAddr, mode: Mode) -> Inbound {
     }
 }
 
-fn caller_config(folder: &Path, listen: SocketAddr, called: SocketAddr, mode: Mode) -> Value {
+fn caller_config(
+    folder: &Path,
+    (listen, called): (SocketAddr, SocketAddr),
+    (mode, duties): (Mode, Duties),
+) -> Value {
     let mut cluster = cluster("called", called, &mode.options());
-    insert(
-        &mut cluster,
-        "transport_socket",
-        json!({
-            "name": "tls",
-            "typed_config": {
-                "@type": format!("{TYPE}.transport_sockets.tls.v3.UpstreamTlsContext"),
-                "common_tls_context": tls(folder, "caller", "called", mode),
-            },
-        }),
-    );
+    if duties.mtls {
+        insert(
+            &mut cluster,
+            "transport_socket",
+            json!({
+                "name": "tls",
+                "typed_config": {
+                    "@type": format!("{TYPE}.transport_sockets.tls.v3.UpstreamTlsContext"),
+                    "common_tls_context": tls(folder, "caller", "called", mode),
+                },
+            }),
+        );
+    }
     let route =
         json!([{ "match": { "prefix": "/" }, "route": { "cluster": "called", "timeout": "0s" } }]);
     let filters = json!([router()]);
     bootstrap(
-        &listener(listen, &manager(folder, "caller", &route, &filters), None),
+        &listener(
+            listen,
+            &manager(&log(folder, "caller", duties), &route, &filters),
+            None,
+        ),
         &json!([cluster]),
     )
 }
 
-fn called_config(folder: &Path, listen: SocketAddr, backend: SocketAddr) -> Value {
+fn called_config(
+    folder: &Path,
+    (listen, backend): (SocketAddr, SocketAddr),
+    duties: Duties,
+) -> Value {
     let clusters = json!([
         cluster("http1", backend, &Mode::Http1.options()),
         cluster("http2", backend, &Mode::Http2.options()),
@@ -204,7 +240,7 @@ fn called_config(folder: &Path, listen: SocketAddr, backend: SocketAddr) -> Valu
         { "match": grpc, "route": { "cluster": "http2", "timeout": "0s" } },
         { "match": { "prefix": "/" }, "route": { "cluster": "http1", "timeout": "0s" } },
     ]);
-    let filters = json!([rbac(), router()]);
+    let filters = json!([rbac(duties), router()]);
     // Whatever the caller's ALPN asks for.
     let common = tls(folder, "called", "caller", Mode::Http2);
     let transport = json!({
@@ -220,8 +256,8 @@ fn called_config(folder: &Path, listen: SocketAddr, backend: SocketAddr) -> Valu
     bootstrap(
         &listener(
             listen,
-            &manager(folder, "called", &routes, &filters),
-            Some(transport),
+            &manager(&log(folder, "called", duties), &routes, &filters),
+            duties.mtls.then_some(transport),
         ),
         &clusters,
     )
@@ -239,7 +275,15 @@ fn listener(address: SocketAddr, manager: &Value, transport: Option<Value>) -> V
     json!({ "name": "listener", "address": socket(address), "filter_chains": [chain] })
 }
 
-fn manager(folder: &Path, name: &str, routes: &Value, filters: &Value) -> Value {
+fn log(folder: &Path, name: &str, duties: Duties) -> Value {
+    if duties.log {
+        json!([access_log(&folder.join(format!("{name}.log")))])
+    } else {
+        json!([])
+    }
+}
+
+fn manager(access_log: &Value, routes: &Value, filters: &Value) -> Value {
     json!({
         "name": "http",
         "typed_config": {
@@ -248,7 +292,7 @@ fn manager(folder: &Path, name: &str, routes: &Value, filters: &Value) -> Value 
             "codec_type": "AUTO",
             "generate_request_id": false,
             "http2_protocol_options": windows(),
-            "access_log": [access_log(&folder.join(format!("{name}.log")))],
+            "access_log": access_log,
             "route_config": { "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": routes }] },
             "http_filters": filters,
         },
@@ -293,19 +337,26 @@ fn router() -> Value {
     json!({ "name": "router", "typed_config": { "@type": format!("{TYPE}.filters.http.router.v3.Router") } })
 }
 
-fn rbac() -> Value {
+fn rbac(duties: Duties) -> Value {
+    let principal = |account: &str| {
+        if duties.mtls {
+            json!({ "authenticated": { "principal_name": { "exact": spiffe_id(account) } } })
+        } else {
+            json!({ "any": true })
+        }
+    };
     let mut policies = serde_json::Map::new();
     for number in 1..RULES {
         let path = format!("/other-{number}/");
         // Policies are evaluated by name: the one that admits comes last.
         policies.insert(
             format!("a-{number:02}"),
-            policy(&spiffe_id(&format!("other-{number}")), &[&path]),
+            policy(&principal(&format!("other-{number}")), &[&path]),
         );
     }
     policies.insert(
         "b-caller".to_owned(),
-        policy(&spiffe_id("caller"), &["/bytes/", "/bench.Echo/Call"]),
+        policy(&principal("caller"), &["/bytes/", "/bench.Echo/Call"]),
     );
     json!({
         "name": "rbac",
@@ -316,12 +367,12 @@ fn rbac() -> Value {
     })
 }
 
-fn policy(principal: &str, prefixes: &[&str]) -> Value {
+fn policy(principal: &Value, prefixes: &[&str]) -> Value {
     let path = |prefix: &&str| json!({ "url_path": { "path": { "prefix": prefix } } });
     let method = |method: &str| json!({ "header": { "name": ":method", "string_match": { "exact": method } } });
     let paths: Vec<Value> = prefixes.iter().map(path).collect();
     json!({
-        "principals": [{ "authenticated": { "principal_name": { "exact": principal } } }],
+        "principals": [principal],
         "permissions": [{ "and_rules": { "rules": [
             { "or_rules": { "rules": [method("GET"), method("POST")] } },
             { "or_rules": { "rules": paths } },

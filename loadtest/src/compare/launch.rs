@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use tokio::process::Command;
 
-use super::envoy::{self, Mode};
+use super::envoy::{self, Duties, Mode};
 use super::peer::Peer;
 use super::process::output;
 use super::{RULES, gate, haproxy, nginx, sidegate};
@@ -25,6 +25,24 @@ pub(crate) const TARGETS: &[&str] = &[
 ];
 /// Those that are measured only with `--with` or `--targets`.
 pub(crate) const EXTRA: &[&str] = &[nginx::NAME, haproxy::NAME];
+
+/// How a target differs from what is compared; one that cannot differ in that way does not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setup {
+    /// Rules of Sidegate's policy.
+    pub(crate) rules: usize,
+    /// What a pair of Envoy does; Sidegate always does both.
+    pub(crate) duties: Duties,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            rules: RULES,
+            duties: Duties::default(),
+        }
+    }
+}
 
 /// The binaries, and what they stand in front of.
 pub(crate) struct Launcher {
@@ -89,10 +107,10 @@ impl Launcher {
     ///
     /// When a process does not become ready, or lets pass what it should refuse.
     pub(crate) async fn start(&self, target: &str, purpose: &str) -> anyhow::Result<Peer> {
-        self.start_with(target, purpose, RULES).await
+        self.start_with(target, purpose, Setup::default()).await
     }
 
-    /// As [`Self::start`], Sidegate with so many rules.
+    /// As [`Self::start`], set up in another way.
     ///
     /// # Errors
     ///
@@ -101,10 +119,13 @@ impl Launcher {
         &self,
         target: &str,
         purpose: &str,
-        rules: usize,
+        setup: Setup,
     ) -> anyhow::Result<Peer> {
         let folder = self.folder.join(purpose).join(target);
-        let envoy = || self.envoy.as_ref().context("no binary of Envoy");
+        let envoy = async |mode| {
+            let binary = self.envoy.as_ref().context("no binary of Envoy")?;
+            envoy::start(binary, &folder, self.backend, (mode, setup.duties)).await
+        };
         let mut peer = match target {
             DIRECT => Peer {
                 name: DIRECT.to_owned(),
@@ -114,10 +135,10 @@ impl Launcher {
             },
             OWN => {
                 let binaries = self.sidegate.as_ref().context("no binaries of Sidegate")?;
-                sidegate::start(binaries, &folder, self.backend, rules).await?
+                sidegate::start(binaries, &folder, self.backend, setup.rules).await?
             }
-            "envoy-h1" => envoy::start(envoy()?, &folder, self.backend, Mode::Http1).await?,
-            "envoy-h2" => envoy::start(envoy()?, &folder, self.backend, Mode::Http2).await?,
+            "envoy-h1" => envoy(Mode::Http1).await?,
+            "envoy-h2" => envoy(Mode::Http2).await?,
             other => {
                 let binary = self.extra.get(other);
                 let binary = binary.with_context(|| format!("no binary of {other}"))?;
