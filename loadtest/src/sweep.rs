@@ -16,8 +16,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::cli::{Sweep, Usage, threads_default};
-use crate::compare::envoy::Duties;
-use crate::compare::launch::{Launcher, Setup, TARGETS};
+use crate::compare::envoy::Duty;
+use crate::compare::launch::{Launcher, Setup, TARGETS, is_envoy};
 use crate::compare::peer::Peer;
 use crate::compare::{BackendProcess, Folder, REPORT, SETTLE, Work, chosen, idle, put, told};
 use crate::engine::Load;
@@ -118,7 +118,12 @@ pub(crate) async fn sweep(mut options: Sweep) -> anyhow::Result<ExitCode> {
         runs: Vec::new(),
         points: Vec::new(),
     };
-    for series in series {
+    // Of what nobody can do without there is nothing to show, unless it was asked for.
+    let shown = |series: &&str| {
+        let asked = options.series.iter().any(|asked| asked == series);
+        !matches!(*series, LOG | MTLS) || asked || targets.iter().any(|target| is_envoy(target))
+    };
+    for series in series.into_iter().filter(shown) {
         sweeping.series(series, &launcher, &targets).await?;
     }
     let results = sweeping.results(notes);
@@ -183,8 +188,9 @@ impl Sweeping<'_> {
             CONNECTIONS => self.connections().await,
             IDLE => self.idle().await,
             PAYLOAD => self.payload().await,
-            RULES => self.rules(launcher, targets).await,
-            duty => self.duty(duty, launcher).await,
+            LOG => self.without((LOG, Duty::Log), launcher).await,
+            MTLS => self.without((MTLS, Duty::Mtls), launcher).await,
+            _ => self.rules(launcher, targets).await,
         }
     }
 
@@ -289,25 +295,27 @@ impl Sweeping<'_> {
         Ok(())
     }
 
-    /// Every target as it is, and those that can do without one of their duties without it.
-    async fn duty(&mut self, duty: &'static str, launcher: &Launcher) -> anyhow::Result<()> {
-        for peer in self.peers {
-            self.point((duty, 1.0), &format!("{duty}: on"), peer, STEADY)
-                .await?;
-            if !peer.name.starts_with("envoy") || *self.interrupt.borrow() {
-                continue;
+    /// Each pair as it is, and Envoy's without one of its duties.
+    async fn without(
+        &mut self,
+        (series, duty): (&'static str, Duty),
+        launcher: &Launcher,
+    ) -> anyhow::Result<()> {
+        for peer in self.peers.iter().filter(|peer| !peer.hops.is_empty()) {
+            let name = format!("{series}: on");
+            self.point((series, 1.0), &name, peer, STEADY).await?;
+        }
+        for peer in self.peers.iter().filter(|peer| is_envoy(&peer.name)) {
+            if *self.interrupt.borrow() {
+                return Ok(());
             }
-            let duties = Duties {
-                log: duty != LOG,
-                mtls: duty != MTLS,
-            };
             let setup = Setup {
-                duties,
+                without: Some(duty),
                 ..Setup::default()
             };
-            let purpose = format!("without-{duty}");
+            let purpose = format!("without-{series}");
             let starting = launcher.start_with(&peer.name, &purpose, setup);
-            self.started((duty, 0.0), &format!("{duty}: off"), starting)
+            self.started((series, 0.0), &format!("{series}: off"), starting)
                 .await?;
         }
         Ok(())

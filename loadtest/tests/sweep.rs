@@ -26,7 +26,7 @@ fn every_point_has_its_run_and_the_load_its_picture() {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report");
     let output = sweep(&format!(
-        "--targets direct --series load,connections,idle --duration 100ms --warmup 0s --output json --report {}",
+        "--targets direct --series load,connections,idle,log --duration 100ms --warmup 0s --output json --report {}",
         report.display()
     ));
     let told = String::from_utf8_lossy(&output.stderr);
@@ -40,6 +40,7 @@ fn every_point_has_its_run_and_the_load_its_picture() {
             .count()
     };
     assert_eq!((of("load"), of("connections"), of("idle")), (9, 5, 3));
+    assert_eq!(of("log"), 0, "the backend has none to turn off");
     let runs = results["runs"].as_array().unwrap();
     assert_eq!(runs.len(), points.len());
     for (run, point) in runs.iter().zip(points) {

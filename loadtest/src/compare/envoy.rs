@@ -48,22 +48,13 @@ impl Mode {
     }
 }
 
-/// What a pair does to each call besides passing it on.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Duties {
+/// What a pair does to each call besides passing it on, and can do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Duty {
     /// A JSON line in a file.
-    pub(crate) log: bool,
+    Log,
     /// Between the two; without it a rule knows no caller, and holds for any.
-    pub(crate) mtls: bool,
-}
-
-impl Default for Duties {
-    fn default() -> Self {
-        Self {
-            log: true,
-            mtls: true,
-        }
-    }
+    Mtls,
 }
 
 /// Envoy's binary, installed first when that is asked for; none when there is none.
@@ -125,7 +116,7 @@ pub(crate) async fn start(
     binary: &Path,
     folder: &Path,
     backend: SocketAddr,
-    (mode, duties): (Mode, Duties),
+    (mode, without): (Mode, Option<Duty>),
 ) -> anyhow::Result<Peer> {
     fs::create_dir_all(folder)?;
     certificates::write(folder, &["caller", "called"])?;
@@ -134,7 +125,7 @@ pub(crate) async fn start(
         name: mode.target().to_owned(),
         authority: outbound.to_string(),
         grpc: mode == Mode::Http2,
-        inbound: duties.mtls.then(|| called(folder, inbound, mode)),
+        inbound: (without != Some(Duty::Mtls)).then(|| called(folder, inbound, mode)),
         ..Peer::default()
     };
     let mut version = Command::new(binary);
@@ -144,12 +135,12 @@ pub(crate) async fn start(
         (
             "caller",
             outbound,
-            caller_config(folder, (outbound, inbound), (mode, duties)),
+            caller_config(folder, (outbound, inbound), (mode, without)),
         ),
         (
             "called",
             inbound,
-            called_config(folder, (inbound, backend), duties),
+            called_config(folder, (inbound, backend), without),
         ),
     ];
     for (name, address, config) in ends {
@@ -196,10 +187,10 @@ fn called(folder: &Path, address: SocketAddr, mode: Mode) -> Inbound {
 fn caller_config(
     folder: &Path,
     (listen, called): (SocketAddr, SocketAddr),
-    (mode, duties): (Mode, Duties),
+    (mode, without): (Mode, Option<Duty>),
 ) -> Value {
     let mut cluster = cluster("called", called, &mode.options());
-    if duties.mtls {
+    if without != Some(Duty::Mtls) {
         insert(
             &mut cluster,
             "transport_socket",
@@ -218,7 +209,7 @@ fn caller_config(
     bootstrap(
         &listener(
             listen,
-            &manager(&log(folder, "caller", duties), &route, &filters),
+            &manager(&log(folder, "caller", without), &route, &filters),
             None,
         ),
         &json!([cluster]),
@@ -228,7 +219,7 @@ fn caller_config(
 fn called_config(
     folder: &Path,
     (listen, backend): (SocketAddr, SocketAddr),
-    duties: Duties,
+    without: Option<Duty>,
 ) -> Value {
     let clusters = json!([
         cluster("http1", backend, &Mode::Http1.options()),
@@ -240,7 +231,7 @@ fn called_config(
         { "match": grpc, "route": { "cluster": "http2", "timeout": "0s" } },
         { "match": { "prefix": "/" }, "route": { "cluster": "http1", "timeout": "0s" } },
     ]);
-    let filters = json!([rbac(duties), router()]);
+    let filters = json!([rbac(without), router()]);
     // Whatever the caller's ALPN asks for.
     let common = tls(folder, "called", "caller", Mode::Http2);
     let transport = json!({
@@ -256,8 +247,8 @@ fn called_config(
     bootstrap(
         &listener(
             listen,
-            &manager(&log(folder, "called", duties), &routes, &filters),
-            duties.mtls.then_some(transport),
+            &manager(&log(folder, "called", without), &routes, &filters),
+            (without != Some(Duty::Mtls)).then_some(transport),
         ),
         &clusters,
     )
@@ -275,11 +266,11 @@ fn listener(address: SocketAddr, manager: &Value, transport: Option<Value>) -> V
     json!({ "name": "listener", "address": socket(address), "filter_chains": [chain] })
 }
 
-fn log(folder: &Path, name: &str, duties: Duties) -> Value {
-    if duties.log {
-        json!([access_log(&folder.join(format!("{name}.log")))])
-    } else {
+fn log(folder: &Path, name: &str, without: Option<Duty>) -> Value {
+    if without == Some(Duty::Log) {
         json!([])
+    } else {
+        json!([access_log(&folder.join(format!("{name}.log")))])
     }
 }
 
@@ -337,12 +328,12 @@ fn router() -> Value {
     json!({ "name": "router", "typed_config": { "@type": format!("{TYPE}.filters.http.router.v3.Router") } })
 }
 
-fn rbac(duties: Duties) -> Value {
+fn rbac(without: Option<Duty>) -> Value {
     let principal = |account: &str| {
-        if duties.mtls {
-            json!({ "authenticated": { "principal_name": { "exact": spiffe_id(account) } } })
-        } else {
+        if without == Some(Duty::Mtls) {
             json!({ "any": true })
+        } else {
+            json!({ "authenticated": { "principal_name": { "exact": spiffe_id(account) } } })
         }
     };
     let mut policies = serde_json::Map::new();

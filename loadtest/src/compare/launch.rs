@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use tokio::process::Command;
 
-use super::envoy::{self, Duties, Mode};
+use super::envoy::{self, Duty, Mode};
 use super::peer::Peer;
 use super::process::output;
 use super::{RULES, gate, haproxy, nginx, sidegate};
@@ -23,6 +23,11 @@ pub(crate) const TARGETS: &[&str] = &[
     nginx::NAME,
     haproxy::NAME,
 ];
+/// Whether a target can do without a [`Duty`]; it is one of the two modes of Envoy.
+pub(crate) fn is_envoy(target: &str) -> bool {
+    target.starts_with("envoy")
+}
+
 /// Those that are measured only with `--with` or `--targets`.
 pub(crate) const EXTRA: &[&str] = &[nginx::NAME, haproxy::NAME];
 
@@ -31,15 +36,15 @@ pub(crate) const EXTRA: &[&str] = &[nginx::NAME, haproxy::NAME];
 pub(crate) struct Setup {
     /// Rules of Sidegate's policy.
     pub(crate) rules: usize,
-    /// What a pair of Envoy does; Sidegate always does both.
-    pub(crate) duties: Duties,
+    /// What a pair of Envoy does not do; Sidegate does all.
+    pub(crate) without: Option<Duty>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         Self {
             rules: RULES,
-            duties: Duties::default(),
+            without: None,
         }
     }
 }
@@ -74,7 +79,7 @@ impl Launcher {
             folder,
             backend,
         };
-        if targets.iter().any(|target| target.starts_with("envoy")) {
+        if targets.iter().any(|target| is_envoy(target)) {
             let found = envoy::find(programs.envoy.as_deref(), programs.install_envoy).await;
             launcher.envoy = found.map_err(Usage)?;
             if launcher.envoy.is_none() {
@@ -84,7 +89,7 @@ impl Launcher {
                         "no binary of Envoy was found; {how}"
                     )));
                 }
-                targets.retain(|target| !target.starts_with("envoy"));
+                targets.retain(|target| !is_envoy(target));
                 notes.push(format!("Envoy is left out: no binary was found. {how}."));
             }
         }
@@ -124,7 +129,7 @@ impl Launcher {
         let folder = self.folder.join(purpose).join(target);
         let envoy = async |mode| {
             let binary = self.envoy.as_ref().context("no binary of Envoy")?;
-            envoy::start(binary, &folder, self.backend, (mode, setup.duties)).await
+            envoy::start(binary, &folder, self.backend, (mode, setup.without)).await
         };
         let mut peer = match target {
             DIRECT => Peer {
