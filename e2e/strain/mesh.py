@@ -172,7 +172,9 @@ spec:
   rules:
 {others}    - name: callers
       from: [{callers}]
-      to: [{{ http: {{ methods: [GET, POST], paths: ["/bytes/**"] }} }}]
+      to:
+        - http: {{ methods: [GET, POST], paths: ["/bytes/**"] }}
+        - grpc: {{ service: bench.Echo, methods: [Call] }}
 """
 
     def start(self, program, *arguments, nice=0, **streams):
@@ -199,10 +201,18 @@ spec:
         return self.start("sidegate-loadtest", "run", "-o", "json", *map(str, flags), nice=nice,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def begin_load(self, *flags, caller="caller", called="called", nice=0):
+    def begin_load(self, *flags, caller="caller", called="called", path="/bytes/100", nice=0):
         """Starts to call `called` through the sidecar of `caller`."""
-        return self.begin_run("--url", f"http://{called}.{NAMESPACE}/bytes/100", "-x", self[caller].outbound, *flags,
+        return self.begin_run("--url", f"http://{called}.{NAMESPACE}{path}", "-x", self[caller].outbound, *flags,
                               nice=nice)
+
+    def begin_new_connections(self, rate, seconds, nice=0):
+        """Starts to open so many mTLS connections a second to `called`, each with a call, as `caller`'s sidecar would."""
+        called, svid = self["called"], self["caller"].svid
+        return self.begin_run(
+            "--url", f"https://{called.inbound}/bytes/100", "--protocol", "http2", "--alpn", "sidegate/1",
+            "-H", "sidegate-protocol: http/1.1", "--insecure", "--cert", svid, "--key", svid, "--new-connections",
+            "--connections", 64, "--rate", rate, "--warmup", "0s", "--duration", f"{seconds}s", nice=nice)
 
     def load(self, *flags, **where):
         return result(self.begin_load(*flags, **where))

@@ -2,7 +2,7 @@
 """Sidecars under strain: many connections, a storm of handshakes, a greedy caller, memory that must not grow.
 
     e2e/strain/run.py --bin-dir target/release
-    e2e/strain/run.py --bin-dir target/dist --only flat_memory --requests 10000000
+    e2e/strain/run.py --bin-dir target/binaries --only flat_memory --requests 10000000
 
 Each check starts a mesh of its own, puts load on it with `sidegate-loadtest run`, and reads memory and CPU from
 /proc. Generator, sidecars and backend share the cores of one machine: let nothing else run on it.
@@ -74,16 +74,6 @@ def idle_and_busy(bench):
                f"{rate(busy):.0f} calls/s, p99 {milliseconds(busy, 'p99'):.1f} ms")
 
 
-def begin_storm(mesh):
-    """Offers new mTLS connections, each with a call, to the called sidecar, with the calling one's certificate."""
-    called, svid = mesh["called"], mesh["caller"].svid
-    # Callers are elsewhere: they take what CPU the mesh leaves.
-    return mesh.begin_run(
-        "--url", f"https://{called.inbound}/bytes/100", "--protocol", "http2", "--alpn", "sidegate/1",
-        "-H", "sidegate-protocol: http/1.1", "--insecure", "--cert", svid, "--key", svid, "--new-connections",
-        "--connections", 64, "--rate", STORM_RATE, "--warmup", "0s", "--duration", f"{STORM_SECONDS}s", nice=19)
-
-
 @check
 def handshake_storm(bench):
     """open calls go on while 2,000 new mTLS connections a second are offered"""
@@ -94,7 +84,8 @@ def handshake_storm(bench):
         cpu_before = called.cpu_seconds()
         calm = mesh.load(*open_calls)
         cpu_calm = called.cpu_seconds()
-        storm = begin_storm(mesh)
+        # Callers are elsewhere: they take what CPU the mesh leaves.
+        storm = mesh.begin_new_connections(STORM_RATE, STORM_SECONDS, nice=19)
         stormy = mesh.load(*open_calls)
         made = result(storm, unfinished_allowed=True)
         cpu_stormy = called.cpu_seconds()

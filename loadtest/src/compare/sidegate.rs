@@ -20,6 +20,8 @@ use crate::children::Group;
 use crate::target::{Protocol, TlsFiles};
 
 const NAMESPACE: &str = "bench";
+const PROXY: &str = "sidegate-proxy";
+const CA: &str = "sidegate-ca";
 
 /// Where the binaries are.
 ///
@@ -29,9 +31,9 @@ const NAMESPACE: &str = "bench";
 pub(crate) async fn binaries(folder: Option<&Path>) -> anyhow::Result<(PathBuf, &'static str)> {
     let (folder, note) = match folder {
         Some(folder) => (folder.to_owned(), "as found in --bin-dir"),
-        None => (build().await?, "built with the profile `dist`"),
+        None => (build().await?, "built by deploy/binaries"),
     };
-    for name in ["sidegate-proxy", "sidegate-ca"] {
+    for name in [PROXY, CA] {
         ensure!(
             folder.join(name).is_file(),
             "there is no {name} in {}",
@@ -45,28 +47,18 @@ async fn build() -> anyhow::Result<PathBuf> {
     let workspace = super::workspace()?;
     writeln!(
         std::io::stderr(),
-        "building sidegate-proxy and sidegate-ca with the profile `dist`; this takes minutes (--bin-dir uses what is there)"
+        "building {PROXY} and {CA} by deploy/binaries; this takes minutes (--bin-dir uses what is there)"
     )?;
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .args([
-            "build",
-            "--profile",
-            "dist",
-            "-p",
-            "sidegate-proxy",
-            "-p",
-            "sidegate-ca",
-        ])
-        .current_dir(&workspace);
-    let started = Group::spawn(&mut cargo);
+    let folder = workspace.join("target").join("binaries");
+    let mut script = Command::new(workspace.join("deploy").join("binaries"));
+    script.arg(&folder).args([PROXY, CA]);
+    let started = Group::spawn(&mut script);
     let (group, mut child) =
-        started.context("cannot run cargo; name the binaries with --bin-dir")?;
+        started.context("cannot run deploy/binaries; name the binaries with --bin-dir")?;
     let status = child.wait().await?;
     group.ended();
-    ensure!(status.success(), "cargo build failed");
-    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-    Ok(workspace.join(target).join("dist"))
+    ensure!(status.success(), "deploy/binaries failed");
+    Ok(folder)
 }
 
 /// Starts CA and sidecars in front of `backend`, with a policy of so many rules.
@@ -93,10 +85,8 @@ pub(crate) async fn start(
         command.arg("--version");
         command
     };
-    peer.versions.insert(
-        "sidegate-proxy".into(),
-        output(version("sidegate-proxy")).await?,
-    );
+    peer.versions
+        .insert(PROXY.into(), output(version(PROXY)).await?);
     let (front, behind) = (Addresses::free()?, Addresses::free()?);
     let texts = [
         ("ca.yaml", ca_config(ca_address, free_address()?)),
@@ -115,7 +105,7 @@ pub(crate) async fn start(
     peer.others.push(authority(binaries, folder).await?);
     for (name, addresses) in [("caller", &front), ("called", &behind)] {
         token(binaries, folder, name).await?;
-        let mut command = Command::new(binaries.join("sidegate-proxy"));
+        let mut command = Command::new(binaries.join(PROXY));
         command
             .args(["--config", &format!("{name}.yaml")])
             .current_dir(folder);
@@ -150,7 +140,7 @@ fn inbound(folder: &Path, address: SocketAddr) -> Inbound {
 
 async fn authority(binaries: &Path, folder: &Path) -> anyhow::Result<Process> {
     let command = |arguments: &[&str]| {
-        let mut command = Command::new(binaries.join("sidegate-ca"));
+        let mut command = Command::new(binaries.join(CA));
         command
             .args(arguments)
             .args(["--config", "ca.yaml"])
@@ -163,7 +153,7 @@ async fn authority(binaries: &Path, folder: &Path) -> anyhow::Result<Process> {
 }
 
 async fn token(binaries: &Path, folder: &Path, account: &str) -> anyhow::Result<()> {
-    let mut command = Command::new(binaries.join("sidegate-ca"));
+    let mut command = Command::new(binaries.join(CA));
     command
         .args([
             "token",
@@ -187,7 +177,7 @@ async fn token(binaries: &Path, folder: &Path, account: &str) -> anyhow::Result<
 }
 
 fn ready(binaries: &Path, health: SocketAddr) -> Command {
-    let mut command = Command::new(binaries.join("sidegate-proxy"));
+    let mut command = Command::new(binaries.join(PROXY));
     command.args([
         "wait",
         "--timeout",
