@@ -86,7 +86,10 @@ async fn handle_request(
     let live = register(shared, &session.link, subject.clone(), call);
     let _permit = admit(shared, &session.link, &subject, call)?;
     call.record().destination_address = Some(target.address.into());
-    let deadline = grpc_timeout::read(&head.headers).filter(|_| head.is_grpc());
+    let deadline = head
+        .is_grpc()
+        .then(|| grpc_timeout::read(&head.headers))
+        .flatten();
     let exchange = exchange::Exchange {
         session,
         head: &head,
