@@ -117,13 +117,9 @@ pub(crate) async fn sweep(mut options: Sweep) -> anyhow::Result<ExitCode> {
         interrupt,
         runs: Vec::new(),
         points: Vec::new(),
+        configurations: BTreeMap::new(),
     };
-    // Of what nobody can do without there is nothing to show, unless it was asked for.
-    let shown = |series: &&str| {
-        let asked = options.series.iter().any(|asked| asked == series);
-        !matches!(*series, LOG | MTLS) || asked || targets.iter().any(|target| is_envoy(target))
-    };
-    for series in series.into_iter().filter(shown) {
+    for series in shown(series, &options.series, &targets) {
         sweeping.series(series, &launcher, &targets).await?;
     }
     let results = sweeping.results(notes);
@@ -138,12 +134,22 @@ pub(crate) async fn sweep(mut options: Sweep) -> anyhow::Result<ExitCode> {
     })
 }
 
+/// Of what no target can do without there is nothing to show, unless it was asked for.
+fn shown<'a>(mut series: Vec<&'a str>, asked: &[String], targets: &[&str]) -> Vec<&'a str> {
+    if asked.is_empty() && !targets.iter().any(|target| is_envoy(target)) {
+        series.retain(|series| !matches!(*series, LOG | MTLS));
+    }
+    series
+}
+
 struct Sweeping<'a> {
     options: &'a Sweep,
     peers: &'a [Peer],
     interrupt: watch::Receiver<bool>,
     runs: Vec<Run>,
     points: Vec<Point>,
+    /// Of those that were started for a point. Policies of many rules, which differ in their length only, are left out.
+    configurations: BTreeMap<String, String>,
 }
 
 /// What one point puts on a target.
@@ -170,6 +176,7 @@ impl Sweeping<'_> {
         results.knees = knees(&results.runs, &self.points);
         results.points = self.points;
         results.notes = notes;
+        results.configurations = self.configurations;
         for peer in self.peers {
             results.configurations.extend(peer.configurations.clone());
             results.versions.extend(peer.versions.clone());
@@ -334,6 +341,12 @@ impl Sweeping<'_> {
         };
         tokio::time::sleep(SETTLE).await;
         peer.note_idle();
+        if is_envoy(&peer.name) {
+            let named =
+                |(file, text): (&String, &String)| (format!("{name}, {file}"), text.clone());
+            self.configurations
+                .extend(peer.configurations.iter().map(named));
+        }
         self.point(at, name, &peer, STEADY).await
     }
 
