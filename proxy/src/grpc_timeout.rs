@@ -73,6 +73,7 @@ mod tests {
     #[test]
     fn every_unit_is_read() {
         check("2H", Some(Duration::from_hours(2)));
+        check("99999999H", Some(Duration::from_hours(99_999_999)));
         check("3M", Some(Duration::from_mins(3)));
         check("4S", Some(Duration::from_secs(4)));
         check("250m", Some(Duration::from_millis(250)));
