@@ -209,7 +209,7 @@ fn caller_config(
     bootstrap(
         &listener(
             listen,
-            &manager(&log(folder, "caller", without), &route, &filters),
+            &manager(&access_logs(folder, "caller", without), &route, &filters),
             None,
         ),
         &json!([cluster]),
@@ -247,7 +247,7 @@ fn called_config(
     bootstrap(
         &listener(
             listen,
-            &manager(&log(folder, "called", without), &routes, &filters),
+            &manager(&access_logs(folder, "called", without), &routes, &filters),
             (without != Some(Duty::Mtls)).then_some(transport),
         ),
         &clusters,
@@ -266,15 +266,7 @@ fn listener(address: SocketAddr, manager: &Value, transport: Option<Value>) -> V
     json!({ "name": "listener", "address": socket(address), "filter_chains": [chain] })
 }
 
-fn log(folder: &Path, name: &str, without: Option<Duty>) -> Value {
-    if without == Some(Duty::Log) {
-        json!([])
-    } else {
-        json!([access_log(&folder.join(format!("{name}.log")))])
-    }
-}
-
-fn manager(access_log: &Value, routes: &Value, filters: &Value) -> Value {
+fn manager(access_logs: &Value, routes: &Value, filters: &Value) -> Value {
     json!({
         "name": "http",
         "typed_config": {
@@ -283,7 +275,7 @@ fn manager(access_log: &Value, routes: &Value, filters: &Value) -> Value {
             "codec_type": "AUTO",
             "generate_request_id": false,
             "http2_protocol_options": windows(),
-            "access_log": access_log,
+            "access_log": access_logs,
             "route_config": { "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": routes }] },
             "http_filters": filters,
         },
@@ -298,12 +290,15 @@ fn windows() -> Value {
     })
 }
 
-fn access_log(file: &Path) -> Value {
-    json!({
+fn access_logs(folder: &Path, name: &str, without: Option<Duty>) -> Value {
+    if without == Some(Duty::Log) {
+        return json!([]);
+    }
+    json!([{
         "name": "file",
         "typed_config": {
             "@type": format!("{TYPE}.access_loggers.file.v3.FileAccessLog"),
-            "path": file,
+            "path": folder.join(format!("{name}.log")),
             "log_format": { "json_format": {
                 "time": "%START_TIME%",
                 "duration_ms": "%DURATION%",
@@ -321,7 +316,7 @@ fn access_log(file: &Path) -> Value {
                 "tls_version": "%DOWNSTREAM_TLS_VERSION%",
             } },
         },
-    })
+    }])
 }
 
 fn router() -> Value {
